@@ -267,12 +267,14 @@ class Impostor:
     heard: every request so far, and how many payload frames came with it. names: ZMQ's, of the connections that they came from.
     """
 
-    def __init__(self, answers: Callable[[int, m.Message], list[bytes] | None], port: int = 0) -> None:
+    def __init__(
+        self, answers: Callable[[int, m.Message], list[bytes] | None], port: int = 0, host: str = "127.0.0.1"
+    ) -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.linger = 0
         self.port = port or free_port()
-        self.address = f"tcp://127.0.0.1:{self.port}"
+        self.address = f"tcp://{host}:{self.port}"
         self.socket.bind(self.address)
         self.answers, self.stop = answers, threading.Event()
         self.heard: list[tuple[m.Message, int]] = []

@@ -12,11 +12,12 @@ import lmcache
 
 PACKAGE = Path(lmcache.__file__).parent
 FLOORS = {
-    "integration": 10,
-    "v1": 10,
-    "cli": 9,
-    "bench": 9,
-    "server": 8,
+    "integration": 11,
+    "v1": 11,
+    "cli": 10,
+    "bench": 10,
+    "server": 9,
+    "peers": 8,
     "proxy": 8,
     "engine": 7,
     "transfer": 6,
@@ -31,7 +32,7 @@ FLOORS = {
     "errors": 0,
     "runtime": 0,
     "compiled": 0,
-    "utils": 10,
+    "utils": 11,
     "__init__": 8,
 }
 """`__init__` exports what other programs use from floor 7 and below. `v1` and `utils` hold names that engines dictate, so they

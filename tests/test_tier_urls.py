@@ -102,7 +102,7 @@ def test_nobody_sees_a_secret() -> None:
         ("disk:///a?write=never", "write: unknown; known: through, on-evict, none"),
         ("disk:///a?read=perhaps", "read: unknown; known: yes, no"),
         ("disk:///a?max_bg=1", "unknown option 'max_bg'; did you mean max_gb?"),
-        ("tape://reel", "unknown tier 'tape'; known: dir, disk, redis, rediss, s3"),
+        ("tape://reel", "unknown tier 'tape'; known: dir, disk, peer, redis, rediss, s3"),
     ],
 )
 def test_what_cannot_be_is_named(text: str, said: str) -> None:

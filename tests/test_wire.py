@@ -50,6 +50,8 @@ REQUESTS = [
     m.Challenge(bytes(32)),
     m.Declined("why", "i", "worker", 0, 7, 8),
     m.TakeNews(),
+    m.Has(bytes(16), 1, bytes(32)),
+    m.Pull(bytes(16), 2, 1, bytes(32)),
 ]
 ANSWERS = [
     m.Welcome(1, "0.1", b"s", 16, "/p", b"a", 4096, "/c"),
@@ -58,6 +60,8 @@ ANSWERS = [
     m.Registered(2),
     m.Found(2, 1, bytes(8)),
     m.Reserved(1, bytes(8), 0, ""),
+    m.Having(b"\1\0"),
+    m.Pulled([bytes(128), b""]),
     m.Proven(bytes(32), bytes(32), "127.0.0.1:5555 in net:[1]"),
     m.News([("stored", bytes(32)), ("removed", b"")], True),
 ]

@@ -95,3 +95,29 @@ def test_another_vllm_on_another_server_hits_what_they_share(folder: Path, model
     finally:
         engine.end()
         server.end()
+
+
+def test_a_hit_from_another_server_answers_as_before(folder: Path, model: Path) -> None:
+    """One engine has stored at the first server and ended; another one finds it at the second server."""
+    here = Server(folder, 16, 0, "peer-here")
+    there = Server(folder, 16, 0, "peer-there", "--peers", f"127.0.0.1:{here.port}", "--worth", "always")
+    prompts = [tokens(300, 601), tokens(300, 601)[:200] + tokens(60, 602)]
+    answers, engine = [], None
+    try:
+        there.wait_until(lambda: here.status()["pulling_servers"], "the peer's connection", 60)
+        for server in (here, there):
+            engine = Engine(folder, f"at-{server.port}", model, kv_transfer_config=server.config(), max_model_len=1024)
+            engine.connected(2)
+            answers.append(engine.generate(prompts))
+            server.wait_until(lambda: server.status()["index"]["chunks"] >= 18 + 4, "22 chunks in L1", 60)  # noqa: B023
+            engine.end()
+        assert_same(answers[1], answers[0])
+        assert [output["cached"] for output in answers[1]] == [288, 256]
+        (tier,) = there.status()["tiers"]
+        assert tier["counters"]["loaded_shards"] >= 18 + 4
+        assert engine.text().count("Traceback") == 0
+    finally:
+        if engine is not None:
+            engine.end()
+        here.end()
+        there.end()

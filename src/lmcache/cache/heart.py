@@ -26,7 +26,7 @@ from lmcache.cache.claims import SERVER, AnyClaim, Held, Instance, Lease, Refusa
 from lmcache.cache.events import NOBODY, By, Event
 from lmcache.cache.filling import Filling
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
-from lmcache.cache.index import MAX_SISTERS, of_last, of_records, pack_ids
+from lmcache.cache.index import MAX_SISTERS, names_of, of_last, of_records, pack_ids
 from lmcache.cache.table import Table
 from lmcache.chunks import HASH_BYTES, Split, split_hashes
 
@@ -61,6 +61,15 @@ class Hit(NamedTuple):
     extents: bytes
     groups: tuple[bytes, ...] = ()
     foreign: tuple[Foreign, ...] = ()
+
+
+class Lent(NamedTuple):
+    """What a peer gets of one shard: (hash, hash of the chunk before or zeros, sector) of each chunk that is complete, under one
+    lease; 0 if there is none."""
+
+    lease: int
+    shard_bytes: int
+    found: list[tuple[bytes, bytes, int]]
 
 
 class Heart(Filling):
@@ -318,6 +327,40 @@ class Heart(Filling):
             Lease((SERVER, tier, ""), instance, now + self.claim_seconds, [Held(space, table, ids)])
         )
         return number, b"".join(key for key, _ in found), table.extents(ids)
+
+    def having(self, fingerprint: bytes, shards: int, hashes: bytes) -> bytes:
+        """Return one byte for each of these chunks: 1 if it is complete in the space of this name. Nothing is touched."""
+        space = self._space_of.get((fingerprint, shards))
+        if space is None:
+            return bytes(len(hashes) // HASH_BYTES)
+        table = space.table
+        first = len(table.match(hashes)) // 4  # nearly always a prefix
+        rest = map(table.get, split_hashes(hashes[first * HASH_BYTES :]))
+        return b"\1" * first + bytes([one >= 0 and table.complete(one) for one in rest])
+
+    def lend(self, now: float, process: int, fingerprint: bytes, shards: int, shard: int, hashes: bytes) -> Lent:
+        """Lease for a peer all complete chunks among these, without touching or counting them. The process needs no space.
+
+        Raises:
+            Refusal: unknown process, a shard that no chunk of this split has, or too many claims of this process.
+        """
+        instance, space = self._claims.instance_of(process), self._space_of.get((fingerprint, shards))
+        if not 0 <= shard < shards:
+            raise Refusal(f"shard {shard} of {shards} is invalid")
+        reason = self._claims.why_no_lease(instance)
+        if reason:
+            raise Refusal(f"no more chunks can be lent to this peer: {reason}")
+        if space is None:
+            return Lent(0, 0, [])
+        table = space.table
+        ids = [one for one in map(table.get, split_hashes(hashes)) if one >= 0 and table.complete(one)]
+        if not ids:
+            return Lent(0, 0, [])
+        names, parents = names_of(table, ids)
+        sectors = array("I", table.extents(pack_ids(ids)))[shard :: space.shards]
+        lease = Lease((process, "", ""), instance, now + self.claim_seconds, [Held(space, table, pack_ids(ids))])
+        found = list(zip(split_hashes(names), split_hashes(parents), sectors, strict=True))
+        return Lent(self._new_lease(lease), space.shard_bytes[shard], found)
 
     def release(self, process: int, lease: int) -> None:
         """End a lease whose extents the instance no longer reads. An unknown lease is ignored, because it has ended before."""

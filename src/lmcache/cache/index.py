@@ -50,6 +50,9 @@ class Index:
     def space(self, number: int) -> Space | None:
         return self._spaces.get(number)
 
+    def named(self, fingerprint: bytes, shards: int) -> Space | None:
+        return self._space_of.get((fingerprint, shards))
+
     @property
     def slabs(self) -> Slabs:
         """The map of the arena. Callers must not change it."""

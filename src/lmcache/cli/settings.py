@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings = server = load({"config": arguments.file})
         values = ((option, shown(option, getattr(server.config, option.name))) for option in OPTIONS)
         rows = [(option.key, value, server.sources[option.name], "") for option, value in values]
-        tiers, source = (server.config.l2, server.config.l2_adapter), server.sources["l2"]
+        tiers, source = (server.config.tier_urls, server.config.l2_adapter), server.sources["l2"]
     _print_table([("setting", "value", "from", ""), *(_cells(*row) for row in rows)])
     for warning in settings.warnings:
         print(f"warning: {warning}")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmcache.config.hosts import in_url
+
 ENV_PREFIX = "LMCACHE_SERVER_"
 GIB = 1 << 30
 _LONGEST_SOCKET_DIR = 80  # bytes: sun_path holds 108, and the socket's own name needs its share
@@ -167,6 +169,19 @@ def urls(text: str) -> tuple[str, ...]:
         if "://" not in one:
             raise ValueError(f"must be URLs; {redacted_url(one)!r} is not one")
     return found
+
+
+def peers(text: str) -> tuple[str, ...]:
+    """Parse the addresses of servers, separated by commas. A port that is missing is 5555."""
+    found = []
+    for one in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
+        host, _, port = one.rpartition(":")
+        if not host or one.endswith("]") or (":" in host and not host.startswith("[")):
+            host, port = in_url(one), "5555"
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"must be HOST:PORT,HOST:PORT; {one!r} is not one")
+        found.append(f"{host}:{int(port)}")
+    return tuple(dict.fromkeys(found))
 
 
 def lines(text: str) -> tuple[str, ...]:

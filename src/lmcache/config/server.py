@@ -76,6 +76,13 @@ class ServerConfig:
         help="I/O threads for engines on other hosts. Engines on this host copy by themselves; tiers have their own threads.",
     )
 
+    peers: tuple[str, ...] = _tiers(
+        *("HOST:PORT,...", read.peers, ()),
+        default_text="none",
+        repeat=True,
+        help="Other servers whose L1 lookups may use: addresses of their ports for engines. They are the nearest tier. A name "
+        "with several addresses stands for as many servers, and this one may be among them. docs/peers.md has more.",
+    )
     l2: tuple[str, ...] = _tiers(
         *("URL", read.urls, ()),
         default_text="none",
@@ -196,6 +203,14 @@ class ServerConfig:
     def l2_queue_bytes(self) -> int:
         """Bytes of chunks that may wait to be written to one tier."""
         return int(self.l2_queue_gb * GIB) or self.l1_bytes // 2
+
+    @property
+    def tier_urls(self) -> tuple[str, ...]:
+        """The URLs of all tiers but those given as JSON, the nearest first."""
+        if not self.peers:
+            return self.l2
+        first, *others = self.peers
+        return f"peer://{first}?name=peers" + (f"&also={','.join(others)}" if others else ""), *self.l2
 
     @property
     def endpoint(self) -> str:

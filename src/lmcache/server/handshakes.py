@@ -94,7 +94,10 @@ class Handshakes:
                 "unset LMCACHE_AUTH_KEY_FILE for the engine"
             )
         has = "it has no key file" if reason == "no key" else "its key is another one"
-        return f"{has}: set LMCACHE_AUTH_KEY_FILE for the engine to a copy of the server's {self._key_file}"
+        return (
+            f"{has}: set LMCACHE_AUTH_KEY_FILE for the engine to a copy of the server's {self._key_file}, or "
+            "--auth-key-file if another server has it in its --peers"
+        )
 
 
 def _host_behind(descriptor: int) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import resource
+import secrets
 import signal
 import socket
 import threading
@@ -91,13 +92,21 @@ def _end_at_once(fault: BaseException | None) -> NoReturn:
     os._exit(0 if fault is None else 2 if isinstance(fault, ConfigError) else 1)
 
 
-def _tiers_of(config: ServerConfig, runtime: Runtime) -> list[TierSpec]:
+def _tiers_of(config: ServerConfig, runtime: Runtime, server_id: bytes) -> list[TierSpec]:
     """Return the configured tiers, not opened yet."""
-    if not config.l2 and not config.l2_adapter:
+    if not config.tier_urls and not config.l2_adapter:
         return []
     from lmcache.tiers.registry import tiers_of  # imported late, since most servers have no tiers
 
-    return tiers_of(config.l2, config.l2_adapter, runtime)
+    specs = tiers_of(config.tier_urls, config.l2_adapter, runtime)
+    for spec in specs:
+        if spec.tier.scheme == "peer":
+            from lmcache.peers.dial import Myself
+            from lmcache.peers.tier import PeersTier
+
+            assert isinstance(spec.tier, PeersTier)
+            spec.tier.introduce(Myself(server_id, config.auth_key_file, config.insecure_no_auth, config.chunk_size))
+    return specs
 
 
 def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec], started: ExitStack) -> Tiering:
@@ -148,7 +157,8 @@ def start(
     reload: Callable[[], ServerConfig] | None = None,
 ) -> Loop:
     """Start every part. `started` collects the callbacks that stop them, in order. reload: as for `serve`."""
-    specs = _tiers_of(config, runtime)  # first, since a wrong URL must fail before anything is created
+    server_id = secrets.token_bytes(16)
+    specs = _tiers_of(config, runtime, server_id)  # first, since a wrong URL must fail before anything is created
     loop = Loop(runtime)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
@@ -163,7 +173,7 @@ def start(
     started.callback(workers.shutdown, wait=True, cancel_futures=True)
     l1 = L1(arena, float(config.lease_seconds))
     tiering = _start_tiers(config, loop, l1, specs, started)
-    service = Service(loop, l1, config.chunk_size, workers, tiering)
+    service = Service(loop, l1, config.chunk_size, workers, tiering, server_id)
     config, http = _open_doors(config, owner, loop, service, started)
     if reload is not None:
         reloading = Reloading(config, reload, http)

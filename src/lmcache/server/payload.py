@@ -1,27 +1,50 @@
-"""Payload frames carry KV for engines that cannot map the arena: I/O threads copy between L1 and the messages."""
+"""Payload frames carry KV for engines that cannot map the arena, and for peers: I/O threads copy between L1 and the messages.
+
+What a peer pulls is not copied: ZMQ sends it from the arena, and the chunks are leased to the peer until it is sent.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from typing import Protocol
 
 from lmcache.cache import L1, Refusal
+from lmcache.chunks import split_hashes
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
-from lmcache.server.sessions import MAX_HELD_BYTES, Peer, Sessions
+from lmcache.server.sessions import MAX_HELD_BYTES, MAX_HELD_BYTES_OF_PEERS, Peer, Sessions
+from lmcache.tiers import ShardKey
+from lmcache.tiers.frame import make_header
 from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
-Reply = Callable[[m.Message, list[bytes]], None]
+Frames = Sequence[bytes | memoryview]
+
+
+def nothing() -> None:
+    """What follows an answer whose frames nobody has to be told of."""
+
+
+class Reply(Protocol):
+    """Sends an answer with its payload frames. sent: called once, in the loop's thread, when the frames' memory is no longer
+    read, whether they were sent or not."""
+
+    def __call__(self, answer: m.Message, frames: Frames, sent: Callable[[], None] = nothing, /) -> None: ...
+
+
+Work = Callable[[], tuple[m.Message, Frames]]
+"""What an I/O thread does. Returns the answer and its frames."""
 
 
 class PayloadCopies:
     """All payload copies. The copies run in `workers`, everything else in the loop's thread."""
 
-    def __init__(self, loop: Loop, l1: L1, sessions: Sessions, workers: Executor) -> None:
+    def __init__(self, loop: Loop, l1: L1, sessions: Sessions, workers: Executor, counters: Counter[str]) -> None:
         self.filling: set[int] = set()
         """Reservations whose extents an I/O thread is writing."""
-        self._loop, self._l1, self._sessions, self._workers = loop, l1, sessions, workers
+        self._loop, self._l1, self._sessions, self._workers, self._counters = loop, l1, sessions, workers, counters
 
     def fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
         """Answer with the bytes of leased chunks."""
@@ -30,10 +53,42 @@ class PayloadCopies:
         )
         view = self._l1.view
 
-        def copy() -> list[bytes]:
-            return [bytes(view(sector, size)) for sector in sectors]
+        def copy() -> tuple[m.Message, Frames]:
+            return m.Ok(len(sectors)), [bytes(view(sector, size)) for sector in sectors]
 
         self._in_worker(peer, size * len(sectors), copy, reply)
+
+    def pull(self, peer: Peer, request: m.Pull, reply: Reply) -> None:
+        """Answer a peer with one shard of those of the chunks that L1 has. They stay leased until the answer is sent."""
+        l1, name, process = self._l1, (request.space, request.shards, request.shard), peer.process
+        lent = l1.lend(self._loop.now(), process, *name, request.hashes)
+        size = lent.shard_bytes * len(lent.found)
+
+        def returned() -> None:
+            l1.release(process, lent.lease)
+            peer.busy -= 1
+            if peer.gone:
+                self._sessions.gone(peer)
+
+        def seal() -> tuple[m.Message, Frames]:
+            headers = dict.fromkeys(split_hashes(request.hashes), b"")
+            frames = []
+            for chunk, parent, sector in lent.found:
+                frames.append(l1.view(sector, lent.shard_bytes).toreadonly())
+                key = ShardKey(request.space, chunk, request.shard, request.shards)
+                headers[chunk] = make_header(key, parent, frames[-1])
+            return m.Pulled(list(map(headers.__getitem__, split_hashes(request.hashes)))), frames
+
+        peer.busy += 1  # until the frames are sent: the lease must not end before, even if the peer has gone
+        try:
+            if self._sessions.held_bytes_of_peers + size > MAX_HELD_BYTES_OF_PEERS:
+                raise Refusal(f"{self._sessions.held_bytes_of_peers} bytes are being sent to peers already; try again")
+            self._in_worker(peer, size, seal, lambda answer, frames, sent=nothing: reply(answer, frames, returned))
+        except Exception:  # also where no thread can be started
+            returned()
+            raise
+        self._counters["lent_shards"] += len(lent.found)
+        self._counters["lent_bytes"] += size
 
     def fill(self, peer: Peer, request: m.Fill, frames: list[bytes], reply: Reply) -> None:
         """Write the frames into reserved extents, then answer."""
@@ -46,22 +101,22 @@ class PayloadCopies:
             raise Refusal(f"each payload frame must have {size} bytes, the size of an extent's shard")
         view = self._l1.view
 
-        def copy() -> list[bytes]:
+        def copy() -> tuple[m.Message, Frames]:
             for sector, one in zip(sectors, frames, strict=True):
                 view(sector, size)[:] = one
-            return []
+            return m.Ok(), []
 
-        def answer(message: m.Message, nothing: list[bytes]) -> None:
+        def answer(message: m.Message, frames: Frames, sent: Callable[[], None] = nothing) -> None:
             self.filling.discard(number)
-            reply(message, nothing)
+            reply(message, frames)
 
         if number in self.filling:
             raise Refusal(f"reservation {number} is being filled by an earlier message")
         self._in_worker(peer, size * len(sectors), copy, answer)
         self.filling.add(number)
 
-    def _in_worker(self, peer: Peer, size: int, copy: Callable[[], list[bytes]], reply: Reply) -> None:
-        """Run `copy` in an I/O thread and answer with the frames it returns. Raises Refusal if too many bytes are in flight."""
+    def _in_worker(self, peer: Peer, size: int, work: Work, reply: Reply) -> None:
+        """Run `work` in an I/O thread and answer with what it returns. Raises Refusal if too many bytes are in flight."""
         sessions = self._sessions
         if size > m.MAX_PAYLOAD_BYTES:
             raise Refusal(f"{size} payload bytes in one message; at most {m.MAX_PAYLOAD_BYTES} are allowed")
@@ -69,7 +124,7 @@ class PayloadCopies:
         if sessions.held_bytes + size > MAX_HELD_BYTES:
             raise Refusal(f"{sessions.held_bytes} payload bytes are being copied or sent already; try again")
 
-        def finish(answer: m.Message, frames: list[bytes]) -> None:
+        def finish(answer: m.Message, frames: Frames) -> None:
             peer.busy -= 1
             sessions.hold(peer, -size)
             try:
@@ -79,9 +134,10 @@ class PayloadCopies:
                     sessions.gone(peer)
 
         def run() -> None:
+            answer: m.Message
+            frames: Frames
             try:
-                frames = copy()
-                answer: m.Message = m.Ok(len(frames))
+                answer, frames = work()
             except Exception as error:  # top of the thread: the engine must get an answer
                 logger.exception("A payload copy failed; the engine gets an error")
                 frames, answer = [], m.Error("internal", f"{type(error).__name__} in the server: see its log")

@@ -14,6 +14,7 @@ from lmcache.errors import ConfigError
 from lmcache.server.history import COUNTERS, GAUGES, History
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
+from lmcache.wire.messages import PEER
 
 REPORTED_FETCHES = 16
 """How many records of fetches /status contains. /fetches returns all records that are kept."""
@@ -43,10 +44,13 @@ class Report:
         tiers: tiers to empty too: `all`, or names separated by commas.
 
         Raises:
-            ConfigError: there is no tier of such a name.
+            ConfigError: there is no tier of such a name, or it is read-only.
         """
         names = {name.strip() for name in tiers.split(",") if name.strip()}
-        known = [runner.name for runner in self._service.tiering.runners] if self._service.tiering is not None else []
+        runners = self._service.tiering.runners if self._service.tiering is not None else []
+        for name in (one.name for one in runners if one.tier.read_only and one.name in names):
+            raise ConfigError(f"tiers={name}: this tier is the memory of other servers: clear it there")
+        known = [runner.name for runner in runners if not runner.tier.read_only]
         for name in names - {"all", *known}:
             raise ConfigError(f"tiers={name}: there is no such tier; known: {', '.join(['all', *known])}")
         cleared: dict[str, object] = {"cleared_chunks": self._loop.ask(self._service.clear, 30.0)}
@@ -150,6 +154,17 @@ class Report:
                     "layout": peer.layout,
                 }
                 for peer in service.sessions.peers
+                if peer.role != PEER
+            ],
+            "pulling_servers": [
+                {
+                    "instance": peer.instance,
+                    "host": peer.host,
+                    "connected_seconds": round(now - peer.since, 1),
+                    "held_bytes": peer.held_bytes,
+                }
+                for peer in service.sessions.peers
+                if peer.role == PEER
             ],
             "refused_engines": service.sessions.refused.status(),
             "tiers": service.tiering.report.status() if service.tiering is not None else [],
@@ -174,7 +189,8 @@ class Report:
                 out[f'{kind}_chunks_by_reason_total{{reason="{reason}"}}'] = value
         for name in ("stored_tokens", "retrieved_tokens", "renewed_leases", "failed_loads", "failed_stores", "malformed_messages",
                      "refused_requests", "failed_requests", "internal_errors",
-                     "unsent_answers", "unanswered_messages", "news_chunks", "news_overflows"):  # fmt: skip
+                     "unsent_answers", "unanswered_messages", "news_chunks", "news_overflows", "lent_shards", "lent_bytes",
+                     "awaited_pulls"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
         out["failed_effects_total"] = l1.events.counters["failed_effects"]
         for reason, count in service.sessions.refused.counts.items():
@@ -193,7 +209,8 @@ class Report:
             "leases": l1.open_leases,
             "reservations": l1.open_reservations,
             "promised_chunks": len(l1.promises.by_chunk),
-            "engine_processes": len(service.sessions.peers),
+            "engine_processes": sum(peer.role != PEER for peer in service.sessions.peers),
+            "pulling_servers": len({peer.instance for peer in service.sessions.peers if peer.role == PEER}),
             "arena_bytes": arena.size_bytes,
             "arena_backed_bytes": arena.backed_bytes,
             "arena_used_bytes": l1.used_bytes(),

@@ -20,6 +20,7 @@ from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.server.followers import Followers
 from lmcache.server.loop import Loop
+from lmcache.server.parked import ParkedPulls
 from lmcache.server.payload import PayloadCopies, Reply
 from lmcache.server.sessions import Peer, Sessions
 from lmcache.wire import messages as m
@@ -38,13 +39,20 @@ class Service:
     """Gives every request exactly one answer. An unexpected exception becomes an `Error` answer."""
 
     def __init__(
-        self, loop: Loop, l1: L1, chunk_tokens: int, workers: Executor, tiering: Tiering | None = None
+        self,
+        loop: Loop,
+        l1: L1,
+        chunk_tokens: int,
+        workers: Executor,
+        tiering: Tiering | None = None,
+        server_id: bytes = b"",
     ) -> None:
         self.loop, self.l1, self.chunk_tokens, self.tiering = loop, l1, chunk_tokens, tiering
-        self.sessions = Sessions(l1, chunk_tokens, loop.now)
+        self.sessions = Sessions(l1, chunk_tokens, loop.now, server_id)
         self.counters: Counter[str] = Counter()
         self._now, self.started = loop.now, loop.now()
-        self._payload = PayloadCopies(loop, l1, self.sessions, workers)
+        self._payload = PayloadCopies(loop, l1, self.sessions, workers, self.counters)
+        self._parked = ParkedPulls(loop, l1, self._answer_pull, self.counters)
         self._drop_reasons: set[str] = set()
         self.followers = Followers(l1, self.counters)
         self.sessions.on_gone.append(self.followers.leave)
@@ -63,6 +71,12 @@ class Service:
             m.Bye: self._bye,
             m.TakeNews: lambda peer, request: self.followers.take(peer.process),
         }
+        self._answers_to_peers: dict[type, Callable[[Peer, Any], m.Message]] = {
+            m.Ping: lambda peer, request: m.Ok(),
+            m.Has: self._parked.has,
+            m.Bye: self._bye,
+        }
+        """Another server only reads, and only what it names."""
         if logger.isEnabledFor(logging.DEBUG):
             l1.events.listen(KINDS + TIER_KINDS, _log, named=False)
         loop.on_tick.append(lambda: l1.tick(loop.now()))
@@ -75,14 +89,19 @@ class Service:
 
     def handle(self, peer: Peer, request: m.Request, frames: list[bytes], reply: Reply) -> None:
         """Answer a request by calling `reply`, either at once or, for payload frames, when the copy has ended."""
+        is_peer = peer.role == m.PEER
         try:
-            answer = self._answers.get(type(request))
+            answer = (self._answers_to_peers if is_peer else self._answers).get(type(request))
             if answer is not None and peer.process:
                 reply(answer(peer, request), [])
             elif isinstance(request, m.Hello):
                 reply(self.sessions.hello(peer, request), [])
             elif not peer.process:
                 reply(m.Error("hello", "say hello first"), [])
+            elif isinstance(request, m.Pull) and is_peer:
+                self._parked.pull(peer, request, reply)
+            elif is_peer:
+                reply(m.Error("refused", f"{type(request).__name__} is not for other servers"), [])
             elif isinstance(request, m.Fetch):
                 self._payload.fetch(peer, request, reply)
             elif isinstance(request, m.Fill):
@@ -99,6 +118,14 @@ class Service:
             self.counters["internal_errors"] += 1
             logger.exception("A %s request of %s failed in the server", type(request).__name__, peer.who)
             reply(m.Error("internal", f"{type(error).__name__} in the server: see its log"), [])
+
+    def _answer_pull(self, peer: Peer, request: m.Pull, reply: Reply) -> None:
+        """Answer a peer with what L1 has now, perhaps after it has waited."""
+        try:
+            self._payload.pull(peer, request, reply)
+        except Refusal as error:
+            self.counters["refused_requests"] += 1
+            reply(m.Error("refused", str(error)), [])
 
     def clear(self) -> int:
         count = self.l1.clear()

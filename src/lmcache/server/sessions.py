@@ -17,6 +17,8 @@ MAX_HELD_BYTES = 1 << 30
 """Bound of the bytes of all running payload copies and all large answers that are not sent yet."""
 MAX_HELD_BYTES_OF_PEER = 2 * m.MAX_PAYLOAD_BYTES
 """The same bound for one engine process. Two messages fit, so it may ask again while its last answer is being sent."""
+MAX_HELD_BYTES_OF_PEERS = MAX_HELD_BYTES // 2
+"""The same bound for all peers together, so that they leave room for engines."""
 Who = tuple[str, int, str, int, bytes]
 """The identity of a session: instance, pid, role, rank, and random bytes that the engine chose."""
 
@@ -64,9 +66,9 @@ def _who(role: str, rank: int, pid: int) -> str:
 class Sessions:
     """All sessions of a server."""
 
-    def __init__(self, l1: L1, chunk_tokens: int, now: Callable[[], float]) -> None:
+    def __init__(self, l1: L1, chunk_tokens: int, now: Callable[[], float], server_id: bytes = b"") -> None:
         self._now = now
-        self.server_id = secrets.token_bytes(16)
+        self.server_id = server_id or secrets.token_bytes(16)
         self.socket_path = ""
         self.cookie_path = ""
         self.peers: set[Peer] = set()
@@ -91,6 +93,8 @@ class Sessions:
         peer.process, peer.payload, peer.since = process, hello.payload, self._now()
         peer.instance, peer.pid, peer.role, peer.rank, _ = who
         self.peers.add(peer)
+        if peer.role == m.PEER and not peer.rank and peer.instance != m.server_name(self.server_id):
+            logger.info("Another server may pull from this one: %s, from %s", peer.instance, peer.host)
         return self.welcome()
 
     def refuse_version(self, hello: m.Hello, host: str) -> m.Error:
@@ -127,6 +131,11 @@ class Sessions:
         peer.process = 0
         if peer.layout:
             logger.info("Engine process gone: %s", peer.who)
+
+    @property
+    def held_bytes_of_peers(self) -> int:
+        """Bytes held for other servers that pull from this one."""
+        return sum(one.held_bytes for one in self.peers if one.role == m.PEER)
 
     def hold(self, peer: Peer, size: int) -> None:
         """Add `size`, which may be negative, to the bytes held for the peer."""

@@ -193,7 +193,14 @@ class TierRunner:
         if not self.loads.closed and not self.loads.due(now):
             return "loads fail", self.loads.reason
         hanging = self._hanging(now)
-        return "stalled" if hanging else "serving", hanging
+        if hanging:
+            return "stalled", hanging
+        try:
+            degraded = self.tier.degraded()
+        except Exception as error:  # a third party's tier must not take /status and /metrics away
+            self._note(error)
+            degraded = ""
+        return "serves in part" if degraded else "serving", degraded
 
     def tick(self, now: float) -> None:
         """Cancel operations whose deadline has passed, open a failed tier again when its pause is over, and log when an operation

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ import msgspec
 from lmcache.errors import WireError
 from lmcache.observability.log import Seldom, init_logger
 from lmcache.server.loop import Loop
+from lmcache.server.payload import Frames, nothing
 from lmcache.server.refused import Reason
 from lmcache.server.service import Service
 from lmcache.server.sessions import Peer
@@ -190,7 +192,12 @@ class _Connection:
     def _serve(self, sequence: int, request: m.Request) -> None:
         if type(request) is m.Hello and self.pid > 0:  # use the kernel's pid: the engine's may be of another namespace
             request = msgspec.structs.replace(request, pid=self.pid)
-        self.endpoint.service.handle(self.peer, request, [], lambda answer, _: self._answer(sequence, answer))
+
+        def reply(answer: m.Message, frames: Frames, sent: Callable[[], None] = nothing) -> None:
+            self._answer(sequence, answer)
+            sent()
+
+        self.endpoint.service.handle(self.peer, request, [], reply)
 
     def _answer(self, sequence: int, answer: m.Message) -> None:
         descriptors = (self.endpoint.service.l1.arena.descriptor,) if type(answer) is m.Welcome else ()

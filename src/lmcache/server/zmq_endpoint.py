@@ -11,6 +11,7 @@ import hmac
 import os
 import secrets
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
@@ -20,6 +21,7 @@ from lmcache.errors import ConfigError, WireError
 from lmcache.observability.log import Seldom, init_logger
 from lmcache.server.handshakes import Handshakes
 from lmcache.server.loop import Loop
+from lmcache.server.payload import Frames, nothing
 from lmcache.server.refused import Reason
 from lmcache.server.service import Service
 from lmcache.server.sessions import Peer, who_says
@@ -40,6 +42,8 @@ MAX_STRANGER_ANSWERS, MAX_STRANGERS_ANSWERS = 16, 512
 engine needs three answers to be admitted, and tries again after a second if it gets none."""
 MAX_UNREAD_ANSWERS = 128
 """The most unread answers of one engine, which counts as gone at the next answer."""
+_ENCRYPTING_THREADS = 2
+"""ZMQ's threads where connections are encrypted. Each connection belongs to one of them, and encrypts half a GB/s or so."""
 _COPIED_BYTES = 1 << 16
 """Answers up to this size are copied into ZMQ, and are not counted as held."""
 
@@ -66,10 +70,10 @@ class ZmqEndpoint:
         self._peers: dict[bytes, tuple[Peer, float]] = {}
         self._strangers_answers: Counter[bytes] = Counter()
         """Answers since the last tick, by connections that are not admitted."""
-        self._unsent: list[tuple[zmq.MessageTracker, Peer, int]] = []
+        self._unsent: list[tuple[zmq.MessageTracker, Peer, int, Callable[[], None]]] = []
         """Large answers, whose memory ZMQ holds until they are sent or their connections end."""
         self._receiving = False
-        self._context = zmq.Context()
+        self._context = zmq.Context(_ENCRYPTING_THREADS if key_file else 1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_PAYLOAD_BYTES)
@@ -212,9 +216,11 @@ class ZmqEndpoint:
         identity = envelope.bytes
         known = identity in self._peers
         self._peers[identity] = peer, self._now()
-        self.service.handle(
-            peer, request, payload, lambda answer, frames: self._send(identity, sequence, answer, frames)
-        )
+
+        def reply(answer: m.Message, frames: Frames, sent: Callable[[], None] = nothing) -> None:
+            self._send(identity, sequence, answer, frames, sent)
+
+        self.service.handle(peer, request, payload, reply)
         if not peer.process:  # the request was a `Bye` or a hello that was refused
             self._peers.pop(identity, None)
         elif not known:
@@ -269,7 +275,15 @@ class ZmqEndpoint:
         self.service.sessions.refused.note(who_says(request, host), reason, why)
         return m.Error("refused", why)
 
-    def _send(self, identity: bytes, sequence: int, answer: m.Message, payload: list[bytes]) -> None:
+    def _send(
+        self,
+        identity: bytes,
+        sequence: int,
+        answer: m.Message,
+        payload: Frames,
+        sent: Callable[[], None] = nothing,
+    ) -> None:
+        """Send an answer. `sent` is called when ZMQ no longer reads the payload's memory, which may be at once."""
         if not self._receiving:
             self.loop.call_soon(self._receive_all)
         frames = [m.encode(sequence, answer), *payload]
@@ -277,10 +291,12 @@ class ZmqEndpoint:
         large = size > _COPIED_BYTES
         if large and identity not in self._peers:  # the peer was removed while the answer was being made
             self.service.counters["unsent_answers"] += 1
+            sent()
             return
         try:
             tracker = self._socket.send_multipart([identity, *frames], zmq.NOBLOCK, copy=not large, track=large)
         except zmq.ZMQError as error:
+            sent()
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             self.service.counters["unsent_answers"] += 1
@@ -293,21 +309,23 @@ class ZmqEndpoint:
                 )
                 self._forget(identity)
             return
-        if tracker is not None:
+        if tracker is None:
+            sent()
+        else:
             peer, _ = self._peers[identity]
             self.service.sessions.hold(peer, size)
-            self._unsent.append((tracker, peer, size))
+            self._unsent.append((tracker, peer, size, sent))
 
     def _release_sent(self) -> None:
         """Stop counting the answers that ZMQ has sent or dropped."""
-        waiting = []
-        for one in self._unsent:
-            tracker, peer, size = one
+        unsent, self._unsent = self._unsent, []
+        for one in unsent:
+            tracker, peer, size, sent = one
             if tracker.done:
                 self.service.sessions.hold(peer, -size)
+                sent()
             else:
-                waiting.append(one)
-        self._unsent = waiting
+                self._unsent.append(one)
 
     def _forget(self, identity: bytes) -> None:
         peer, _ = self._peers.pop(identity)

@@ -25,6 +25,7 @@ _OWN = {
     "redis": ("lmcache.tiers.redis.tier", "RedisTier", "redis"),
     "rediss": ("lmcache.tiers.redis.tier", "RedisTier", "redis"),
     "s3": ("lmcache.tiers.s3.tier", "S3Tier", "s3"),
+    "peer": ("lmcache.peers.tier", "PeersTier", ""),
 }
 """Maps each scheme to its module, its class, and the extra of the package that it needs."""
 
@@ -53,10 +54,13 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
         ConfigError: a scheme or option is unknown, a value is invalid, or a library that the tier needs is not installed.
     """
     url = parse_url(text, runtime=runtime)
-    write = url.take("write", word(*WRITE_MODES), "through")
+    kind = _class_of(url)
+    write = url.take("write", word(*WRITE_MODES), "none" if kind.read_only else "through")
+    if kind.read_only and write != "none":
+        raise ConfigError(f"{url.redacted}: write={write}: {url.scheme}:// only reads; leave `write` out")
     read = url.take("read", word("yes", "no"), "yes") == "yes"
     name = url.take("name", str, url.scheme)
-    tier = _class_of(url).from_url(url)
+    tier = kind.from_url(url)
     url.finish()
     warning = (
         f"{url.redacted}: a password in the URL can be read by every user of this machine; use ${{NAME}} or ?password_file="

@@ -96,6 +96,9 @@ class TierBase(ABC):
     batch_shards: ClassVar[int] = 512
     """The most shards of one load or store, so that a batch of tiny shards ends within the tier's timeouts."""
 
+    read_only: ClassVar[bool] = False
+    """Whether it only reads: what it has is written, removed and cleared by somebody else."""
+
     @classmethod
     @abstractmethod
     def from_url(cls, url: TierURL) -> TierBase:
@@ -115,6 +118,10 @@ class TierBase(ABC):
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
         """Return at once, without I/O, which of these shards the tier has; None if it has to ask the store."""
         return None
+
+    def degraded(self) -> str:
+        """Return at once what of the tier does not serve now, and why, although the tier as a whole serves; "" if nothing."""
+        return ""
 
     @abstractmethod
     def usage(self) -> Usage:

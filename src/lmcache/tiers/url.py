@@ -37,6 +37,7 @@ _PUBLIC = frozenset(
         "io",
         "cluster",
         "sweep",
+        "also",
     ]
 )
 """Options whose values may be shown; those of `*_file` are paths. Values of all other options are shown as `***`."""

@@ -170,8 +170,10 @@ class ZmqCarrier:
         if key_file is not None:
             auth.protect_engine(self._socket, key_file)
         self._trusted = key_file is not None
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | _HANDSHAKE_FAILED)
-        self._connection, self._turned_away = -1, False
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(
+            zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | _HANDSHAKE_FAILED
+        )
+        self._connection, self._turned_away, self._hung_up = -1, False, False
         try:
             self._socket.connect(f"tcp://{in_url(self.host)}:{self.port}")
         except zmq.ZMQError as error:
@@ -203,11 +205,50 @@ class ZmqCarrier:
                 if not self._socket.poll(0, zmq.POLLIN):
                     break
                 self._socket.recv_multipart(zmq.NOBLOCK)
+            self._send(request, frames)
+        except zmq.ZMQError as error:
+            raise ServerUnavailable(str(error)) from error
+
+    def _send(self, request: m.Message, frames: Sequence[bytes | memoryview] = ()) -> None:
+        try:
             self._socket.send_multipart([m.encode(self._sequence, request), *frames], zmq.NOBLOCK, copy=not frames)
         except zmq.Again as error:
             raise ServerUnavailable("the server has hung up") from error
+
+    # Several requests at a time
+
+    @property
+    def sockets(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """Readable when `receive` may have something, and when `hung_up` may have changed."""
+        return self._socket, self._monitor
+
+    def send(self, request: m.Message) -> int:
+        """Send a request, whose answer `receive` returns with the number that this returns. Raises ServerUnavailable."""
+        self._sequence += 1
+        try:
+            self._send(request)
         except zmq.ZMQError as error:
             raise ServerUnavailable(str(error)) from error
+        return self._sequence
+
+    def receive(self) -> tuple[int, m.Answer, list[zmq.Frame]] | None:
+        """Return the next answer that has arrived, with its number and its payload frames, which are not copied; None if none.
+
+        Raises:
+            ServerUnavailable: what has arrived is no answer.
+        """
+        try:
+            head, *payload = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            return *m.decode_answer(head.buffer), payload
+        except zmq.Again:
+            return None
+        except (zmq.ZMQError, WireError) as error:
+            raise ServerUnavailable(str(error)) from error
+
+    def hung_up(self) -> bool:
+        """Return whether the connection has ended."""
+        self._read_monitor()
+        return self._hung_up
 
     def connection_name(self) -> str:
         """Name the TCP connection that brought the last answer to `exchange` (see `auth.connection_name`)."""
@@ -257,5 +298,7 @@ class ZmqCarrier:
             kind, value = MONITOR_EVENT.unpack(self._monitor.recv_multipart()[0])
             if kind == zmq.EVENT_CONNECTED:
                 self._connection = value
+            elif kind == zmq.EVENT_DISCONNECTED:
+                self._hung_up = True
             else:
                 self._turned_away = True

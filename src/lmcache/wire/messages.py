@@ -35,7 +35,16 @@ MAX_GROUPS = 32
 """Bound of the groups of a model beside the first one."""
 MAX_RESERVED_CHUNKS = 16384
 """Bound of the chunks in one `Reserve`. The server needs some ten milliseconds to allocate extents for so many."""
+MAX_ASKED_CHUNKS = 512
+"""Bound of the chunks in one `Has` or `Pull`, whose answer takes the server some 0.1 ms."""
+COMING = 2
+"""Of a chunk, in `Having`: a `Pull` of it waits for a short time until it is complete."""
+PEER = "peer"
+"""The role of a server in its hello to another server."""
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
+Space = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+"""The fingerprint of a layout with its split."""
+Asked = Annotated[bytes, msgspec.Meta(max_length=16 * MAX_ASKED_CHUNKS)]
 Leases = Annotated[list[int], msgspec.Meta(max_length=65536)]
 Id = Annotated[bytes, msgspec.Meta(max_length=64)]
 Software = Annotated[str, msgspec.Meta(max_length=200)]
@@ -224,6 +233,25 @@ class TakeNews(Message, frozen=True, tag=18):
     """Ask what has happened to the chunks of the space that this process follows, since it was asked last. Answered by `News`."""
 
 
+class Has(Message, frozen=True, tag=20):
+    """From a peer: ask which of these chunks are complete in L1, in the space of this fingerprint and number of shards. Answered
+    by `Having`."""
+
+    space: Space
+    shards: int
+    hashes: Asked
+
+
+class Pull(Message, frozen=True, tag=19):
+    """From a peer: ask for one shard of these chunks. Answered by `Pulled`, with a payload frame for each chunk that L1 has, as
+    soon as those that are coming are complete or come no longer."""
+
+    space: Space
+    shards: int
+    shard: int
+    hashes: Asked
+
+
 # Answers
 
 
@@ -334,6 +362,19 @@ class News(Message, frozen=True, tag=72):
     """Whether the server had to drop what has happened before these changes. Then anything may be gone."""
 
 
+class Having(Message, frozen=True, tag=73):
+    """One byte for each chunk of a `Has`: 1 if L1 has it, `COMING` if an engine stores it at this moment, else 0."""
+
+    present: Annotated[bytes, msgspec.Meta(max_length=MAX_ASKED_CHUNKS)]
+
+
+class Pulled(Message, frozen=True, tag=74):
+    """One header (`tiers.frame`) for each chunk of a `Pull`; b"" where L1 does not have the chunk. The others' payload
+    frames follow, in the same order."""
+
+    headers: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=128)]], msgspec.Meta(max_length=MAX_ASKED_CHUNKS)]
+
+
 Request = (
     Hello
     | Ping
@@ -353,8 +394,10 @@ Request = (
     | Challenge
     | Declined
     | TakeNews
+    | Has
+    | Pull
 )
-Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven | News
+Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven | News | Having | Pulled
 AnswerT = TypeVar("AnswerT", bound=Message)
 
 # Decoding raises these: msgspec's own errors, and those for invalid UTF-8, deep nesting and an invalid layout.
@@ -375,6 +418,11 @@ def request_name(request_id: object) -> str:
     """Return an engine's id of a request as messages and records show it. Users may choose ids of any length and content."""
     text = str(request_id)
     return text if len(text) <= 200 and text.isprintable() else printable(text, 200)
+
+
+def server_name(server_id: bytes) -> str:
+    """Return the instance that a server is to other servers."""
+    return f"server {server_id.hex()[:16]}"
 
 
 def encode(sequence: int, message: Message) -> bytes:

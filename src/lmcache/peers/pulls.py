@@ -1,0 +1,88 @@
+"""Loads from peers, cut into pulls, and what arrives of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lmcache.observability.log import init_logger
+from lmcache.peers.link import Frames
+from lmcache.peers.peer import Peer
+from lmcache.tiers import ABSENT, ShardKey
+from lmcache.tiers.frame import CHECKSUM, OTHER_SIZE, Checksum, check_header
+from lmcache.tiers.operation import Load
+from lmcache.wire import messages as m
+
+logger = init_logger(__name__)
+PULL_BYTES = 4 << 20
+"""Of one pull, unless a single shard is larger. While one is sent, the next one is sealed and the one before it is checked."""
+PIECE_BYTES = 512 << 10
+"""Shards are checked and copied in pieces, since a copy keeps the interpreter lock."""
+
+
+@dataclass(eq=False)
+class Loading:
+    """A load. sources: for each shard, the peers that may still be asked for it. left: how many shards have no outcome yet.
+    copying: how many copies touch its buffers now."""
+
+    operation: Load
+    outcomes: list[str]
+    sources: list[list[Peer]]
+    left: int
+    copying: int = 0
+    cancelled: bool = False
+
+
+@dataclass(eq=False)
+class Pulling:
+    """One pull, of the shards with these places in a load. key: of its first shard; the others differ in the chunk only."""
+
+    load: Loading
+    peer: Peer
+    places: list[int]
+    size: int
+    key: ShardKey = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = self.load.operation.keys[self.places[0]]
+
+    def may_take(self, key: ShardKey, size: int) -> bool:
+        """Return whether one more shard fits into this pull."""
+        alike = key._replace(chunk=self.key.chunk) == self.key
+        return alike and self.size + size <= PULL_BYTES and len(self.places) < m.MAX_ASKED_CHUNKS
+
+    @property
+    def request(self) -> m.Pull:
+        keys = self.load.operation.keys
+        space, _, shard, shards = self.key
+        return m.Pull(space, shards, shard, b"".join(keys[place].chunk for place in self.places))
+
+    def take(self, headers: list[bytes], frames: Frames) -> list[str]:
+        """Copy what has arrived into the buffers, and check it. Returns the outcome of each shard; any thread may do this."""
+        operation, left = self.load.operation, iter(frames)
+        outcomes: list[str] = []
+        try:
+            for header, place in zip(headers, self.places, strict=True):
+                sent = next(left, None) if header else None
+                if sent is None:
+                    outcomes.append(OTHER_SIZE if header else ABSENT)
+                else:
+                    outcomes.append(take(header, sent.buffer, operation.keys[place], operation.into[place]))
+        except Exception:  # top of the thread: the load must end
+            logger.exception("Shards of a peer could not be copied")
+            outcomes = [CHECKSUM] * len(self.places)
+        return outcomes
+
+
+def take(header: bytes, payload: memoryview, key: ShardKey, into: memoryview) -> str:
+    """Copy a shard that a peer has sent into a buffer of its size, and check it. Returns OK or the name of the damage."""
+    if payload.nbytes != into.nbytes:
+        return OTHER_SIZE
+    wrong = check_header(header, key, into.nbytes)
+    if wrong:
+        return wrong
+    checksum = Checksum()
+    for start in range(0, into.nbytes, PIECE_BYTES):
+        piece = payload[start : start + PIECE_BYTES]
+        checksum.update(piece)
+        into[start : start + PIECE_BYTES] = piece
+    return checksum.check(header, key)

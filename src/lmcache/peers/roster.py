@@ -1,0 +1,134 @@
+"""The roster: which other servers there are, and the connections to them. It belongs to the thread of its tier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from functools import partial
+
+from lmcache.errors import LMCacheError, ServerUnavailable
+from lmcache.observability.log import init_logger
+from lmcache.peers.dial import MAX_PEERS, Dialled, Itself, Myself, Name, dial, resolve
+from lmcache.peers.peer import Peer
+
+logger = init_logger(__name__)
+RESOLVE_SECONDS = 10.0
+"""Time between look-ups of the peers' names."""
+Soon = Callable[[Callable[[], None]], bool]
+"""Runs a call in the tier's thread; returns False after the tier's end."""
+
+
+class Roster:
+    """names: of the servers. connections: to each, for payload. diallers: threads that resolve names and connect, which block.
+    now: the clock. The other arguments are as for `PeersTier`."""
+
+    def __init__(
+        self,
+        names: Sequence[Name],
+        myself: Myself,
+        connections: int,
+        timeout_seconds: float,
+        *,
+        now: Callable[[], float],
+        soon: Soon,
+        diallers: Executor,
+    ) -> None:
+        self._names, self._myself, self._connections, self._timeout_seconds = (
+            names,
+            myself,
+            connections,
+            timeout_seconds,
+        )
+        self._now, self._soon, self._diallers = now, soon, diallers
+        self._peers: dict[str, Peer] = {}
+        """By address."""
+        self._addresses: dict[Name, list[str] | str] = {}
+        """What the last look-up has found."""
+        self._resolving, self._resolved_at = False, float("-inf")
+        self._closed = False
+
+    @property
+    def peers(self) -> list[Peer]:
+        return list(self._peers.values())
+
+    def close(self) -> None:
+        self._closed = True
+        for peer in self.peers:
+            peer.close("the tier is closed", goodbye=True)
+
+    def tick(self, now: float) -> None:
+        """Look up names again, watch the links, and connect to whom there is no connection."""
+        if not self._resolving and now - self._resolved_at > RESOLVE_SECONDS:
+            self._diallers.submit(self._resolve)  # raises if no thread can be started
+            self._resolving = True
+        for peer in self.peers:
+            self.watch(peer, partial(_tick_links, peer, now))
+            if peer.asks is None and not peer.dialling and (peer.breaker.closed or peer.breaker.probe(now)):
+                self._diallers.submit(self._dial, peer)
+                peer.dialling = True
+
+    def watch(self, peer: Peer, call: Callable[[], object]) -> None:
+        """Do something with the links of a peer, which has failed if one of them is lost."""
+        try:
+            call()
+        except ServerUnavailable as error:
+            peer.failed(self._now(), str(error))
+
+    def troubles(self) -> Iterator[str]:
+        """Describe each name behind which no server serves. Of several servers behind one name, some may come and go."""
+        for found in self._addresses.values():
+            if isinstance(found, str):
+                yield found
+                continue
+            behind = [self._peers[one] for one in found if one in self._peers]
+            if all(one.trouble for one in behind):
+                yield from (f"{one.address}: {one.trouble}" for one in behind)
+
+    # What other threads have found
+
+    def _resolve(self) -> None:
+        found = resolve(self._names)
+        self._soon(partial(self._resolved, found))
+
+    def _resolved(self, found: dict[Name, list[str] | str]) -> None:
+        self._resolving, self._resolved_at, self._addresses = False, self._now(), found
+        lists = [one for one in found.values() if not isinstance(one, str)]
+        known = dict.fromkeys(address for addresses in lists for address in addresses)
+        for address in known:
+            if address not in self._peers and len(self._peers) < MAX_PEERS:
+                self._peers[address] = Peer(address)
+        is_complete = len(lists) == len(found)
+        for address in [one for one in self._peers if one not in known and is_complete]:
+            logger.info("Peer %s: no name has this address any longer", address)
+            self._peers.pop(address).close("it is no peer any longer", goodbye=True)
+        self.tick(self._now())
+
+    def _dial(self, peer: Peer) -> None:
+        made: Dialled | Exception
+        try:
+            made = dial(peer.address, self._connections, self._myself)
+        except Exception as error:  # top of the thread
+            if not isinstance(error, (LMCacheError, OSError)):
+                logger.exception("Peer %s: connecting to it failed", peer.address)
+            made = error
+        if not self._soon(partial(self._dialled, peer, made)) and isinstance(made, Dialled):
+            made.close()
+
+    def _dialled(self, peer: Peer, made: Dialled | Exception) -> None:
+        now, peer.dialling = self._now(), False
+        if isinstance(made, Itself):
+            peer.not_needed(now, str(made))
+        elif isinstance(made, Exception):
+            peer.failed(now, str(made))
+        elif self._closed or self._peers.get(peer.address) is not peer:
+            made.close()
+        elif any(one.server == made.server and one.asks is not None for one in self.peers):
+            made.close()
+            peer.not_needed(now, "this server is connected by another address")
+        else:
+            peer.connected(made, self._timeout_seconds, now)
+
+
+def _tick_links(peer: Peer, now: float) -> None:
+    for link in peer.links:
+        link.tick(now)
