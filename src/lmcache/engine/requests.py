@@ -196,8 +196,11 @@ class Requests(Generic[RequestT]):
                 "chunks": most,
                 "engine": self._name if self._stores else "",
                 "again": same,
+                "tokens": len(tokens),
             }
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
+        elif chain is not None and len(tokens) and not same:
+            session.too_short(len(tokens), str(request.id))
         if isinstance(found, Loading):
             began = request.wait.began if request.wait is not None else now
             request.wait = Wait(began, found, now + min(MISS_SECONDS, WAIT_SHARE * (now - began)))

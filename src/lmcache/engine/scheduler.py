@@ -129,6 +129,7 @@ class SchedulerSession(Session):
         any_split: bool = False,
         engine: str = "",
         again: bool = False,
+        tokens: int = 0,
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -138,12 +139,12 @@ class SchedulerSession(Session):
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             asked = chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine
-            found = self.poll(*asked, halts=True, again=again)
+            found = self.poll(*asked, halts=True, again=again, tokens=tokens)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
                 # Without an id it waits for no other engine, and gets what that has stored so far.
-                found = self.poll(chain, skip_tokens, prefill_rate, tail, "", chunks, any_split, again=again)
+                found = self.poll(*asked[:4], "", chunks, any_split, again=again, tokens=tokens)
                 return None if isinstance(found, Loading) else found
             self.runtime.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -160,6 +161,7 @@ class SchedulerSession(Session):
         engine: str = "",
         halts: bool = False,
         again: bool = False,
+        tokens: int = 0,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
@@ -169,7 +171,7 @@ class SchedulerSession(Session):
         chunks: look up only so many. any_split: find also what ranks of other parallel splits have stored, which is `foreign` in
         the hit, for `LoadPlan` to make loads of. engine: the name of an engine that stores what it computes; others may wait for
         the chunks that it does not find. halts: whether it computes nothing while the answer is `Loading`. again: whether the
-        server has counted an earlier answer to the same request.
+        server has counted an earlier answer to the same request. tokens: of the complete prompt, for the server's accounts.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -186,7 +188,7 @@ class SchedulerSession(Session):
             name = m.request_name(request_id)
             request = m.Lookup(
                 *(self._space, hashes, first, prefill_rate, name, self._others, any_split, m.request_name(engine)),
-                *(halts, again),
+                *(halts, again, tokens),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
@@ -258,6 +260,12 @@ class SchedulerSession(Session):
         """Tell the server that the request has ended: it waits no longer, and stores no more of what its lookup did not find."""
         if self._connection.connected:
             self._connection.post(m.Release([], [m.request_name(request_id)]))
+
+    def too_short(self, tokens: int, request_id: str) -> None:
+        """Report a prompt that does not fill a chunk, so that the server can account for it. Nothing is looked up."""
+        if self._chunk_tokens and self._connection.connected:
+            name = m.request_name(request_id)
+            self._connection.post(m.Lookup(self._space, b"", request=name, others=self._others, tokens=tokens))
 
     def forgone(self, tokens: int) -> None:
         """Count computed tokens of a prompt that had no chain. If the reason was that the weights are not identified yet, the

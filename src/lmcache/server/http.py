@@ -29,6 +29,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from lmcache import __version__
+from lmcache.cache.records import MOST_RETURNED
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
@@ -147,6 +148,7 @@ class HttpEndpoint:
             Route("/version", self._edge(self._version)),
             Route("/status", self._edge(self._guarded(self._status))),
             Route("/fetches", self._edge(self._guarded(self._fetches))),
+            Route("/requests", self._edge(self._guarded(self._requests))),
             Route("/metrics", self._edge(self._metrics)),
             Route("/clear-cache", self._edge(self._guarded(self._clear, changes=True)), methods=["POST"]),
         ]
@@ -224,6 +226,13 @@ class HttpEndpoint:
     async def _fetches(self, request: Request) -> Response:
         return _json({"fetches": await _ask(self._control.fetches)})
 
+    async def _requests(self, request: Request) -> Response:
+        try:
+            asked = _records_asked(request.query_params)
+            return _json(await _ask(lambda: self._control.requests(**asked)))
+        except ConfigError as error:
+            return _json({"status": "error", "reason": str(error)}, 400)
+
     async def _metrics(self, request: Request) -> Response:
         counters = await _ask(self._control.counters)
         body, content_type = render(counters, request.headers.get("accept", ""))
@@ -255,6 +264,28 @@ class HttpEndpoint:
             _html("; ".join([health, *degraded]), status),
             headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"},
         )
+
+
+def _records_asked(given: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments of `Control.requests` that a query gives.
+
+    Raises:
+        ConfigError: an unknown name, or a value that is not a number.
+    """
+    asked: dict[str, Any] = {}
+    for name, value in given.items():
+        kind = {"request": str, "misses": int, "since": float, "before": int, "limit": int}.get(name)
+        try:
+            if kind is None:
+                raise ConfigError(f"{name}=: there is request=, misses=1, since=, before= and limit=")
+            asked[name] = kind(value) if value.isascii() or kind is str else int("")
+        except ValueError:
+            raise ConfigError(f"{name}={value[:40]}: must be a number") from None
+    if "misses" in asked:
+        asked["misses"] = bool(asked["misses"])
+    if not 0 < asked.get("limit", 1) <= MOST_RETURNED or asked.get("before", 0) < 0:
+        raise ConfigError(f"limit= must be from 1 to {MOST_RETURNED}, and before= not negative")
+    return asked
 
 
 def why_refused(peer: str, headers: Mapping[str, str], token: str, changes: bool) -> str:
@@ -322,7 +353,7 @@ def _json(content: dict[str, Any], status_code: int = 200) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
-    known = "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /fetches; POST /clear-cache"
+    known = "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /fetches, /requests; POST /clear-cache"
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})
     return response

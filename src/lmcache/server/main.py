@@ -146,7 +146,7 @@ def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: 
     started.callback(workers.shutdown, wait=True, cancel_futures=True)
     l1 = L1(arena, float(config.lease_seconds))
     tiering = _start_tiers(config, loop, l1, specs, started)
-    service = Service(loop, l1, config.chunk_size, workers, tiering)
+    service = Service(loop, l1, config.chunk_size, workers, tiering, int(config.records_mb * 2**20))
     config = _open_doors(config, owner, loop, service, started)
     arena.start_prefault()
     logger.info(

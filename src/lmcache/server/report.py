@@ -9,6 +9,7 @@ from itertools import islice
 
 from lmcache import __version__
 from lmcache.cache import KINDS
+from lmcache.cache.records import select
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
@@ -84,6 +85,17 @@ class Report:
             return []
         records = self._loop.ask(lambda: list(tiering.fetches.records))  # formatted in this thread, to spare the loop
         return [tiering.report.describe(one) for one in reversed(records)]
+
+    def requests(
+        self, request: str = "", misses: bool = False, since: float = 0.0, before: int = 0, limit: int = 100
+    ) -> dict[str, object]:
+        """Return the latest records of requests, and what to pass as `before` for those before them (`cache.records.select`)."""
+        accounts = self._service.accounts
+        if not accounts.records.most_bytes:
+            raise ConfigError("the server remembers no requests: start it with --records-mb 64")
+        blocks, totals = self._loop.ask(lambda: (accounts.records.blocks(), self._token_counters()))
+        found, rest = select(blocks, request=request, misses=misses, since=since, before=before, limit=limit)
+        return {"requests": [one.described() for one in found], "next": rest, "totals": totals}
 
     def status(self) -> dict[str, object]:
         return self._loop.ask(self._status)
@@ -164,6 +176,7 @@ class Report:
                      "refused_requests", "failed_requests", "internal_errors",
                      "unsent_answers", "unanswered_messages"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
+        out |= self._token_counters()
         out["failed_effects_total"] = l1.events.counters["failed_effects"]
         for reason, count in service.sessions.refused.counts.items():
             out[f'refused_engines_total{{reason="{reason}"}}'] = count
@@ -178,6 +191,7 @@ class Report:
         out["loop_errors_total"] = self._loop.errors
         out |= {
             "chunks": l1.chunks,
+            "complete_chunks": sum(space.complete for space in l1.spaces),
             "leases": l1.open_leases,
             "reservations": l1.open_reservations,
             "promised_chunks": len(l1.promises.by_chunk),
@@ -188,4 +202,11 @@ class Report:
             "quarantined_bytes": l1.quarantined_bytes,
             "index_bytes": l1.index_bytes(),
         }
+        return out
+
+    def _token_counters(self) -> dict[str, float]:
+        accounts = self._service.accounts
+        out: dict[str, float] = {"requested_tokens_total": accounts.requested}
+        out |= {f'lookup_tokens_total{{source="{source}"}}': count for source, count in accounts.found.items()}
+        out |= {f'missed_tokens_total{{reason="{reason}"}}': count for reason, count in accounts.missed.items()}
         return out

@@ -13,6 +13,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
+from lmcache.cache.accounts import Accounts
 from lmcache.cache.heart import MAX_SHARDS
 from lmcache.cache.promises import Asker
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
@@ -37,12 +38,25 @@ class Service:
     """Gives every request exactly one answer. An unexpected exception becomes an `Error` answer."""
 
     def __init__(
-        self, loop: Loop, l1: L1, chunk_tokens: int, workers: Executor, tiering: Tiering | None = None
+        self,
+        loop: Loop,
+        l1: L1,
+        chunk_tokens: int,
+        workers: Executor,
+        tiering: Tiering | None = None,
+        records_bytes: int = 0,
     ) -> None:
         self.loop, self.l1, self.chunk_tokens, self.tiering = loop, l1, chunk_tokens, tiering
         self.sessions = Sessions(l1, chunk_tokens, loop.now)
         self.counters: Counter[str] = Counter()
         self._now, self.started = loop.now, loop.now()
+        tiers = [runner.name for runner in tiering.runners] if tiering is not None else []
+        self.accounts = Accounts(
+            l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers, self.sessions.describe
+        )
+        self.sessions.on_gone.append(self.accounts.forget)
+        self._untold: Event | None = None
+        """The lookup that is being answered; listeners hear of it when the answer has been sent."""
         self._payload = PayloadCopies(loop, l1, self.sessions, workers)
         self._drop_reasons: set[str] = set()
         self._answers: dict[type, Callable[[Peer, Any], m.Message]] = {
@@ -74,6 +88,9 @@ class Service:
             answer = self._answers.get(type(request))
             if answer is not None and peer.process:
                 reply(answer(peer, request), [])
+                if self._untold is not None:
+                    told, self._untold = self._untold, None
+                    self.l1.events.tell(told)
             elif isinstance(request, m.Hello):
                 reply(self.sessions.hello(peer, request), [])
             elif not peer.process:
@@ -144,26 +161,39 @@ class Service:
             hashes = self._answerable(peer, request, spaces, first)
         name = m.request_name(request.request)
         asked = peer.process, request.space, hashes, first, name, request.others, request.sisters
-        if self.tiering is None:
-            return _found(self.l1.lookup(self._now(), *asked, again=request.again))
+        again = request.again and not self.accounts.is_uncounted(peer.process, name)
         hit = None
-        if any(self.tiering.sources):
+        if self.tiering is not None and any(self.tiering.sources):
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
-                everything = self.l1.lookup(self._now(), *asked, partly=False, again=request.again)
+                everything = self.l1.lookup(self._now(), *asked, partly=False, again=again)
                 hit = everything if 16 * everything.chunks == len(hashes) else None
             if hit is None:
                 asker = Asker(peer.process, name, request.engine, first, request.halts)
                 in_l1, coming = self.tiering.wait_for(asker, spaces, hashes, request.prefill_rate, request.sisters)
                 if coming:
+                    if not again:
+                        where = request.space, coming, "", peer.process, "", name
+                        self.l1.events.tell(Event("waits", *where, hashes=hashes, found=in_l1))
                     return m.Found(in_l1, 0, b"", coming)
         if hit is None:
-            hit = self.l1.lookup(self._now(), *asked, again=request.again)
+            hit = self.l1.lookup(self._now(), *asked, again=again)
+        if not again:
+            self._untold = Event(
+                *("answered", request.space, len(hashes) // 16, "", peer.process, "", name, -1, hashes),
+                *(b"", -1, (), hit.chunks, first, request.tokens, request.text),
+            )
+        if self.tiering is not None:
+            self._promise(peer, request, name, spaces, hashes, hit)
+        return _found(hit)
+
+    def _promise(self, peer: Peer, request: m.Lookup, name: str, spaces: list[int], hashes: bytes, hit: Hit) -> None:
+        """Note what the engine of an answered lookup will compute, and what it uses of tiers' chunks."""
+        assert self.tiering is not None
         if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
             asker = Asker(peer.process, name, request.engine)
             self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
         if self.tiering.writes.nearly_full:
             self.tiering.writes.used(spaces, hashes, hit.chunks)
-        return _found(hit)
 
     def _answerable(self, peer: Peer, request: m.Lookup, spaces: list[int], first: int) -> bytes:
         """Return those of the hashes whose extents fit into one answer, which the peer has room for."""
@@ -193,6 +223,7 @@ class Service:
             self.l1.release(peer.process, lease)
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
+            self.accounts.forget(peer.process, name)
             if self.tiering is not None:
                 self.tiering.fetches.withdraw(self._now(), peer.process, name)
         return m.Ok(len(request.leases))

@@ -141,6 +141,13 @@ class Sessions:
                 f"would exceed {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
             )
 
+    def describe(self, process: int) -> tuple[str, str]:
+        """Return the engine and the model of a process; "" where they are not known."""
+        for peer in self.peers:
+            if peer.process == process:
+                return peer.instance, str(peer.layout.get("model_id", ""))
+        return "", ""
+
     def _enter(self, who: Who) -> int:
         process = self._participants[who] = self._next_process
         self._next_process += 1

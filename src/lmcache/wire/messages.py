@@ -109,7 +109,13 @@ class Lookup(Message, frozen=True, tag=4):
     halts: bool = False
     """Whether the engine computes nothing while it waits for what is `loading`."""
     again: bool = False
-    """Whether the request, which still waits, has had an answer before. Hits and misses count the first one only."""
+    """Whether the request, which still waits, has had an answer before. Hits and misses count once, for the first answer that
+    does not say to ask again."""
+    tokens: int = 0
+    """Tokens of the prompt, with those of its end that fill no chunk; 0 if the engine does not tell. With no hashes at all the
+    prompt is shorter than a chunk, and the message only reports it."""
+    text: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    """A hash of the first chunk's tokens alone, so that the server can tell a new prompt from one of another model or salt."""
 
 
 class Release(Message, frozen=True, tag=5):

@@ -1,0 +1,321 @@
+"""Accounts for every token that lookups ask for: it was found somewhere, or it is missing for a reason.
+
+`Accounts` listens to the events of L1 and of requests. It counts each lookup once, when the engine goes on with its answer:
+
+    requested = found in the engine, L1, a tier or with another engine + missing, by reason
+
+What a missing chunk was before is remembered by `cache.seen`, and each lookup leaves a record (`cache.records`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from lmcache.cache.claims import SERVER
+from lmcache.cache.events import Event, Events
+from lmcache.cache.reasons import REASONS, SOURCES
+from lmcache.cache.records import Record, Records
+from lmcache.cache.seen import ENTRY_BYTES, EVICTED, LOST, Known, Seen, keys_of
+from lmcache.cache.waits import AWAITED, NO_GAIN, FetchRecord
+from lmcache.chunks import HASH_BYTES
+
+MOST_WAITING = 65536
+"""Lookups that may wait at the same time; of more, the oldest are accounted as if they had not waited."""
+MOST_ARRIVED = 262_144
+"""Chunks whose origin is noted while lookups wait; further ones count as L1's."""
+MOST_FETCHES = 1024
+_LATELY_SECONDS = 1.5
+"""A lookup without a wait belongs to a fetch of its chunks that ended so long ago: it was not repeated for that reason."""
+MOST_TOKENS = 1 << 31
+_OF_L1 = {"being filled": "being_written", "incomplete": "incomplete", "other groups": "other_groups"}
+_NO_LEASE = "quarantine", "too many leases"
+_DAMAGE = "not a frame", "other version", "other shard", "other size", "checksum", "truncated"
+"""The names of damage of `tiers.frame.DAMAGE`."""
+
+
+class Accounts:
+    """All lookups of one server.
+
+    Args:
+        events: the stream to listen to.
+        chunk_tokens: tokens of a chunk.
+        now, wall: the clocks of events and of people.
+        most_bytes: memory for records and for what has become of chunks; 0 remembers nothing, and only counts.
+        tiers: the names of the tiers, nearest first.
+        who: returns the engine and the model of a process.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        chunk_tokens: int,
+        now: Callable[[], float],
+        wall: Callable[[], float],
+        most_bytes: int = 0,
+        tiers: Sequence[str] = (),
+        who: Callable[[int], tuple[str, str]] = lambda process: ("", ""),
+    ) -> None:
+        self.requested = 0
+        self.found = Counter(dict.fromkeys((*SOURCES, *tiers), 0))
+        """Tokens by source."""
+        self.missed = Counter(dict.fromkeys(REASONS, 0))
+        """Tokens by reason."""
+        self.records = Records(most_bytes // 2)
+        self.waiting: OrderedDict[tuple[int, object], tuple[float, int]] = OrderedDict()
+        """(process, request, or the last hash if it has no id) -> since when the lookup waits, and what L1 had then."""
+        self._seen = Seen(most_bytes // 2 // ENTRY_BYTES) if most_bytes else None
+        self._chunk_tokens, self._now, self._wall, self._tiers, self._who = chunk_tokens, now, wall, list(tiers), who
+        self._arrived: dict[int, str] = {}
+        """Chunks that were stored while a lookup waited -> by whom."""
+        self._fetches: OrderedDict[object, FetchRecord] = OrderedDict()
+        """The fetches that ended last, by the id of a request and by the last hash."""
+        self._why = ""
+        """Why the first chunk was missing, of the lookup that L1 is answering."""
+        events.listen(["missed"], self._missed, named=False)
+        events.listen(["waits"], self._waits, named=False)
+        events.listen(["answered"], self._answered, named=False)
+        events.listen(["fetched"], self._fetched, named=False)
+        events.listen(["stored"], self._stored)
+        if self._seen is not None:
+            events.listen(["evicted"], self._evicted)
+            events.listen(["refused", "dropped"], self._lost)
+            events.listen(["cleared"], self._cleared, named=False)
+
+    # What has become of chunks
+
+    def _stored(self, event: Event) -> None:
+        if self._seen is not None:
+            self._seen.stored(self._now(), event.hashes, event.parents)
+        if self.waiting and len(self._arrived) < MOST_ARRIVED:
+            source = event.tier if event.process == SERVER and event.tier else "other_engine"
+            self._arrived.update(dict.fromkeys(keys_of(event.hashes), source))
+
+    def _evicted(self, event: Event) -> None:
+        assert self._seen is not None
+        self._seen.evicted(self._now(), event.hashes, event.wanted_by, event.last_used)
+
+    def _lost(self, event: Event) -> None:
+        assert self._seen is not None
+        if event.process != SERVER and event.reason != "cleared":
+            self._seen.lost(self._now(), event.hashes)
+
+    def _cleared(self, event: Event) -> None:
+        assert self._seen is not None
+        self._seen.cleared(self._now())
+
+    # Lookups
+
+    def is_uncounted(self, process: int, request: str) -> bool:
+        """Return whether this request waits, so that no answer to it has been counted."""
+        return (process, request) in self.waiting
+
+    def forget(self, process: int, request: str | None = None) -> None:
+        """Note that a request, or all requests of a process, have ended."""
+        ended = [(process, request)] if request is not None else [key for key in self.waiting if key[0] == process]
+        for key in ended:
+            self.waiting.pop(key, None)
+        self._forget_arrived()
+
+    def _forget_arrived(self) -> None:
+        if self._arrived and not self.waiting:
+            self._arrived = {}
+
+    def _missed(self, event: Event) -> None:
+        self._why = event.reason
+
+    def _waits(self, event: Event) -> None:
+        self.waiting.setdefault(_name(event), (self._now(), event.found))
+        if len(self.waiting) > MOST_WAITING:
+            self.waiting.popitem(last=False)
+
+    def _fetched(self, event: Event) -> None:
+        fetch = event.fetch
+        assert fetch is not None
+        for name in (fetch.prompt, *fetch.requests):
+            self._fetches[name] = fetch
+            self._fetches.move_to_end(name)
+        while len(self._fetches) > MOST_FETCHES:
+            self._fetches.popitem(last=False)
+
+    def _answered(self, event: Event) -> None:
+        now, asked, why = self._now(), event.chunks, self._why
+        self._why = ""
+        since, in_l1 = self.waiting.pop(_name(event), (now, asked))
+        keys = keys_of(event.hashes)
+        tokens = self._tokens(event)
+        usable = max(event.found, min(event.have, asked))
+        last, sources = "engine", Counter({"engine": min(event.have, asked)})
+        for chunk in range(min(event.have, asked), usable):
+            last = self._arrived.get(keys[chunk], "l1") if chunk >= in_l1 else "l1"
+            sources[last] += 1
+        self._forget_arrived()
+        fetch = self._fetch_of(event, since)
+        reasons, known = self._why_missing(event, keys, usable, why, fetch) if usable < asked else ([], None)
+        size, counted = self._chunk_tokens, asked * self._chunk_tokens
+        found = {source: chunks * size for source, chunks in sources.items() if chunks}
+        missed = Counter[str]()
+        for reason in reasons:
+            missed[reason] += size
+        if tokens < counted:  # the last chunk is the unfull end of the prompt
+            if reasons:
+                missed[reasons[-1]] -= counted - tokens
+            else:
+                found[last] -= counted - tokens
+        elif tokens > counted:
+            missed["below_chunk"] += (tokens - counted) % size
+            missed["not_asked"] += (tokens - counted) // size * size
+        missed = Counter({reason: count for reason, count in missed.items() if count})
+        self.requested += tokens
+        self.found.update(found)
+        self.missed.update(missed)
+        if self._seen is not None:
+            reason, chunk = (reasons[0], usable) if reasons else ("below_chunk", asked) if missed else ("", -1)
+            if reason == "differs":
+                chunk = self._never_seen(keys, usable)[1]
+            self._record(event, now - since, tokens, found, missed, reason, chunk, known, fetch)
+
+    def _tokens(self, event: Event) -> int:
+        """Return the tokens of the prompt: as the engine says, if that can be true, or of the chunks asked for."""
+        least = (event.chunks - 1) * self._chunk_tokens
+        return event.tokens if max(0, least) < event.tokens < MOST_TOKENS else event.chunks * self._chunk_tokens
+
+    def _fetch_of(self, event: Event, since: float) -> FetchRecord | None:
+        """Return the fetch that this lookup has waited for, or for whose end it need not wait."""
+        names: tuple[object, ...] = event.request, event.hashes[-HASH_BYTES:]
+        for name in names:
+            fetch = self._fetches.get(name) if name else None
+            if fetch is not None and fetch.ended >= since - _LATELY_SECONDS:
+                return fetch
+        return None
+
+    # Reasons
+
+    def _why_missing(
+        self, event: Event, keys: Sequence[int], first: int, why: str, fetch: FetchRecord | None
+    ) -> tuple[list[str], Known | None]:
+        """Return the reason of each chunk from number `first` on, and what is known of the first one."""
+        count = len(keys) - first
+        if why in _NO_LEASE:
+            return ["no_lease"] * count, None
+        known = self._seen.get(keys[first]) if self._seen is not None else None
+        reasons: list[str] = []
+        if fetch is not None:
+            ours = _fetch_reason(fetch)
+            planned = fetch.l1_chunks + fetch.planned.total() if ours else 0
+            reasons = [ours] * max(0, min(len(keys), planned) - first)
+        if self._seen is None:
+            last = _OF_L1.get(why, "not_found")
+            return reasons + [last] * (count - len(reasons)), None
+        last = _OF_L1.get(why, "")
+        for chunk in range(first + len(reasons), len(keys)):
+            one = known if chunk == first else self._seen.get(keys[chunk])
+            if one is None:
+                end = last if last in _OF_L1.values() else self._never_seen(keys, chunk)[0]
+                return reasons + [end] * (len(keys) - chunk), known
+            if chunk > first or not last:
+                last = _gone_reason(one, fetch) or last or "not_found"
+            reasons.append(last)
+        return reasons, known
+
+    def _never_seen(self, keys: Sequence[int], chunk: int) -> tuple[str, int]:
+        """Return the reason of a chunk that was never stored, and the first chunk of the prompt that was not. If a chunk was never
+        stored, neither were those after it."""
+        seen = self._seen
+        assert seen is not None
+        first = bisect_left(range(chunk), True, key=lambda one: seen.get(keys[one]) is None)
+        before = seen.get(keys[first - 1]) if first else None
+        if before is None:
+            return "never_seen", chunk
+        return "differs" if before.continued else "longer", first
+
+    # Records
+
+    def _record(
+        self, event: Event, waited: float, tokens: int, found: dict[str, int], missed: Counter[str],
+        reason: str, chunk: int, known: Known | None, fetch: FetchRecord | None,
+    ) -> None:  # fmt: skip
+        offset = self._wall() - self._now()
+        gone = used = 0.0
+        if known is not None and reason in ("evicted", "cleared", "not_stored", "tier_down", "tier_slow"):
+            gone = offset + (known.when if known.state in (EVICTED, LOST) or known.cleared is None else known.cleared)
+            used = offset + known.used if known.used is not None else 0.0
+        engine, model = self._who(event.process)
+        self.records.add(
+            Record(
+                number=self.records.count + 1,
+                request=event.request,
+                at=self._wall(),
+                engine=engine,
+                model=model,
+                space=event.space,
+                tokens=tokens,
+                chunk_tokens=self._chunk_tokens,
+                waited_seconds=round(waited, 6),
+                sources=found,
+                missed=dict(missed),
+                reason=reason,
+                chunk=chunk,
+                gone=gone,
+                used=used,
+                wanted_by=known.wanted_by if known is not None and gone else -1,
+                fetch={} if fetch is None else self._described(fetch),
+            )
+        )
+
+    def _described(self, fetch: FetchRecord) -> dict[str, object]:
+        def name(tier: int) -> str:
+            return "other engines" if tier == AWAITED else self._tiers[tier]
+
+        return {
+            "outcome": fetch.outcome,
+            "decision": fetch.decision,
+            "expected_seconds": _finite(fetch.expected_seconds),
+            "recompute_seconds": _finite(fetch.recompute_seconds),
+            "waited_seconds": round(fetch.waited_seconds, 6),
+            "l1_chunks": fetch.l1_chunks,
+            "arrived_chunks": fetch.arrived_chunks,
+            "planned_chunks": {name(tier): chunks for tier, chunks in fetch.planned.items()},
+            "left_out": {name(tier): why for tier, why in fetch.left_out.items()},
+            "events": dict(islice(fetch.events.items(), 16)),
+        }
+
+
+def _name(event: Event) -> tuple[int, object]:
+    return event.process, event.request or event.hashes[-HASH_BYTES:]
+
+
+def _finite(seconds: float | None) -> float | None:
+    return None if seconds is None or seconds > 1e9 else round(seconds, 6)
+
+
+def _gone_reason(known: Known, fetch: FetchRecord | None) -> str:
+    """Return why a chunk that was seen before is not in L1; "" if it should be."""
+    if known.state == LOST:
+        return "not_stored"
+    if known.state != EVICTED:
+        return "cleared" if known.cleared is not None else ""
+    whys = set(fetch.left_out.values()) if fetch is not None and not fetch.planned else set()
+    if whys & {"not serving", "failed"}:
+        return "tier_down"
+    return "tier_slow" if "late answer" in whys else "tier_not_worth" if whys else "evicted"
+
+
+def _fetch_reason(fetch: FetchRecord) -> str:
+    """Return why the planned chunks of a fetch that have not arrived are missing; "" if nothing was planned for them."""
+    awaited = set(fetch.planned) == {AWAITED}
+    if fetch.outcome == "failed" or (fetch.outcome == "late" and not awaited):
+        failures = {name.partition(":")[2] for name in fetch.events if name.startswith("load_failed")}
+        if failures & set(_DAMAGE):
+            return "damaged"
+        return "tier_down" if fetch.outcome == "failed" else "tier_slow"
+    if awaited and fetch.outcome in (NO_GAIN, "late", "patience"):
+        return "awaited_in_vain"
+    return {
+        NO_GAIN: "tier_not_worth",
+        "patience": "tier_slow",
+        "too many": "tier_busy",
+        "promise ended": "awaited_in_vain",
+    }.get(fetch.outcome, "")
