@@ -152,7 +152,8 @@ def test_what_is_remembered_stays_within_its_memory() -> None:
     assert len(seen) == 1000 == sum(map(len, seen._known))
     one = seen.get(keys_of(last)[0])
     assert one is not None and (one.state, one.when, one.continued, one.cleared) == (STORED, 5.0, True, None)
-    seen.evicted(7.5, last[:16], 3, [6.0])
+    seen.used(6.0, keys_of(last)[2])
+    seen.evicted(7.5, 0, last[32:48] + last[:16], 3)
     one = seen.get(keys_of(last)[0])
     assert one is not None and one[:5] == (EVICTED, 7.5, 6.0, 3, True)
     seen.cleared(9.0)
@@ -172,7 +173,8 @@ def test_an_entry_takes_no_more_memory_than_is_said() -> None:
     seen, dice = Seen(most), random.Random(2)
     for _ in range(most // 500 * 3):
         hashes = dice.randbytes(16 * 500)
-        seen.evicted(1e6, hashes, 2, [1e6] * 500)
+        seen.stored(1e6, hashes, hashes)
+        seen.evicted(1e6, 0, hashes, 2)
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert used < most * ENTRY_BYTES, used / most

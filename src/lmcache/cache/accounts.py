@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 from lmcache.cache.claims import SERVER
 from lmcache.cache.events import Event, Events
@@ -30,10 +31,25 @@ MOST_FETCHES = 1024
 _LATELY_SECONDS = 1.5
 """A lookup without a wait belongs to a fetch of its chunks that ended so long ago: it was not repeated for that reason."""
 MOST_TOKENS = 1 << 31
+_TEXT_BYTES = 400
 _OF_L1 = {"being filled": "being_written", "incomplete": "incomplete", "other groups": "other_groups"}
 _NO_LEASE = "quarantine", "too many leases"
 _DAMAGE = "not a frame", "other version", "other shard", "other size", "checksum", "truncated"
 """The names of damage of `tiers.frame.DAMAGE`."""
+
+
+class Twin(NamedTuple):
+    """A first chunk with the same tokens as another one: its key, and the space and model under which it was looked up."""
+
+    key: int
+    space: int
+    model: str
+
+    def told(self, space: int) -> str:
+        """Return what distinguishes it from a lookup in this space, for people."""
+        if space == self.space:
+            return "the same model and layout; so cache_salt, the LoRA adapter or an image differs"
+        return f"model {self.model or '?'} (space {self.space}); so the model, its revision, dtype or layout differs"
 
 
 class Accounts:
@@ -66,12 +82,17 @@ class Accounts:
         self.records = Records(most_bytes // 2)
         self.waiting: OrderedDict[tuple[int, object], tuple[float, int]] = OrderedDict()
         """(process, request, or the last hash if it has no id) -> since when the lookup waits, and what L1 had then."""
-        self._seen = Seen(most_bytes // 2 // ENTRY_BYTES) if most_bytes else None
+        self._seen = Seen(most_bytes * 7 // 16 // ENTRY_BYTES) if most_bytes else None
+        self._texts = OrderedDict[bytes, Twin]()
+        """Hash of a first chunk's tokens alone -> who asked for it last and has stored it."""
+        self._most_texts = most_bytes // 16 // _TEXT_BYTES
         self._chunk_tokens, self._now, self._wall, self._tiers, self._who = chunk_tokens, now, wall, list(tiers), who
         self._arrived: dict[int, str] = {}
         """Chunks that were stored while a lookup waited -> by whom."""
         self._fetches: OrderedDict[object, FetchRecord] = OrderedDict()
         """The fetches that ended last, by the id of a request and by the last hash."""
+        self._twin: Twin | None = None
+        """Of the lookup that is being accounted for."""
         self._why = ""
         """Why the first chunk was missing, of the lookup that L1 is answering."""
         events.listen(["missed"], self._missed, named=False)
@@ -95,7 +116,7 @@ class Accounts:
 
     def _evicted(self, event: Event) -> None:
         assert self._seen is not None
-        self._seen.evicted(self._now(), event.hashes, event.wanted_by, event.last_used)
+        self._seen.evicted(self._now(), event.space, event.hashes, event.wanted_by)
 
     def _lost(self, event: Event) -> None:
         assert self._seen is not None
@@ -153,6 +174,7 @@ class Accounts:
             sources[last] += 1
         self._forget_arrived()
         fetch = self._fetch_of(event, since)
+        self._twin = self._twin_of(event, keys)
         reasons, known = self._why_missing(event, keys, usable, why, fetch) if usable < asked else ([], None)
         size, counted = self._chunk_tokens, asked * self._chunk_tokens
         found = {source: chunks * size for source, chunks in sources.items() if chunks}
@@ -175,7 +197,21 @@ class Accounts:
             reason, chunk = (reasons[0], usable) if reasons else ("below_chunk", asked) if missed else ("", -1)
             if reason == "differs":
                 chunk = self._never_seen(keys, usable)[1]
+            if event.found:
+                self._seen.used(now, keys[event.found - 1])
             self._record(event, now - since, tokens, found, missed, reason, chunk, known, fetch)
+
+    def _twin_of(self, event: Event, keys: Sequence[int]) -> Twin | None:
+        """Return who has stored the same tokens under another name, if anybody has."""
+        if self._seen is None or not event.text or not keys:
+            return None
+        other = self._texts.get(event.text)
+        if other is not None and other.key != keys[0] and self._seen.get(other.key) is not None:
+            return other
+        self._texts[event.text] = Twin(keys[0], event.space, self._who(event.process)[1])
+        if len(self._texts) > self._most_texts:
+            self._texts.popitem(last=False)
+        return None
 
     def _tokens(self, event: Event) -> int:
         """Return the tokens of the prompt: as the engine says, if that can be true, or of the chunks asked for."""
@@ -221,14 +257,14 @@ class Accounts:
         return reasons, known
 
     def _never_seen(self, keys: Sequence[int], chunk: int) -> tuple[str, int]:
-        """Return the reason of a chunk that was never stored, and the first chunk of the prompt that was not. If a chunk was never
-        stored, neither were those after it."""
+        """Return the reason of a chunk that was never stored, and the first chunk of the prompt that was not. A chunk
+        that follows one that was never stored was not stored either."""
         seen = self._seen
         assert seen is not None
         first = bisect_left(range(chunk), True, key=lambda one: seen.get(keys[one]) is None)
         before = seen.get(keys[first - 1]) if first else None
         if before is None:
-            return "never_seen", chunk
+            return "other_identity" if self._twin is not None else "never_seen", chunk
         return "differs" if before.continued else "longer", first
 
     # Records
@@ -262,6 +298,7 @@ class Accounts:
                 used=used,
                 wanted_by=known.wanted_by if known is not None and gone else -1,
                 fetch={} if fetch is None else self._described(fetch),
+                twin=self._twin.told(event.space) if reason == "other_identity" and self._twin is not None else "",
             )
         )
 

@@ -41,6 +41,8 @@ class Record(msgspec.Struct, array_like=True, frozen=True):
     used: float = 0.0
     wanted_by: int = -1
     fetch: dict[str, object] = {}
+    twin: str = ""
+    """For `other_identity`: under what the same tokens are stored."""
 
     def described(self) -> dict[str, object]:
         """Return field name -> value, in JSON types only."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from typing import NamedTuple
 
 STORED, EVICTED, LOST = 1, 2, 3
@@ -44,6 +43,8 @@ class Seen:
         """All keys, in the order in which they came; `_next` is the oldest once the ring is full."""
         self._next = 0
         self._known: list[dict[int, int]] = [{} for _ in range(_SHARDS)]
+        self._latest: dict[int, int] = {}
+        """Space -> the latest last use of the chunks that were evicted from it, in tenths of a second."""
         self._clears = 0
         self._cleared_at: dict[int, float] = {}
 
@@ -68,7 +69,7 @@ class Seen:
 
     def stored(self, now: float, hashes: bytes, parents: bytes) -> None:
         """Note that these chunks are complete. parents: the hashes of the chunks before them."""
-        value = self._value(now, STORED)
+        value = self._value(now, STORED, used=now)
         for key, parent in zip(keys_of(hashes), keys_of(parents), strict=True):
             known = self._known[key & _SHARDS - 1]
             former = known.get(key)
@@ -81,12 +82,26 @@ class Seen:
             if (former := above.get(parent)) is not None and not former & _PARENT:
                 above[parent] = former | _PARENT
 
-    def evicted(self, now: float, hashes: bytes, wanted_by: int, used: Iterable[float | None] = ()) -> None:
-        """Note that these chunks were evicted for the space `wanted_by`. used: when each was last used, as far as known."""
-        times = list(used)
-        for number, key in enumerate(keys_of(hashes)):
-            when = times[number] if number < len(times) else None
-            self._put(key, self._value(now, EVICTED, wanted_by, when))
+    def used(self, now: float, key: int) -> None:
+        """Note that a lookup has used the prefix that ends with this chunk."""
+        known = self._known[key & _SHARDS - 1]
+        value = known.get(key)
+        if value is not None:
+            known[key] = value & (1 << _USED_AT) - 1 | _tenths(now) << _USED_AT
+
+    def evicted(self, now: float, space: int, hashes: bytes, wanted_by: int) -> None:
+        """Note that these chunks of a space were evicted for the space `wanted_by`.
+
+        Only the last chunk of a prefix knows when the prefix was used. It is evicted first, and those before it follow: in
+        the order in which chunks are evicted, their last uses never go back (LRU). So a chunk's last use is the latest so far.
+        """
+        latest = self._latest.get(space, 0)
+        for key in keys_of(hashes):
+            value = self._known[key & _SHARDS - 1].get(key, 0)
+            if value & 3 == STORED:
+                latest = max(latest, value >> _USED_AT)
+            self._put(key, self._value(now, EVICTED, wanted_by) | latest << _USED_AT)
+        self._latest[space] = latest
 
     def lost(self, now: float, hashes: bytes) -> None:
         """Note that these chunks were not stored after all."""
@@ -101,8 +116,8 @@ class Seen:
         self._cleared_at[self._clears] = now
         self._cleared_at.pop(self._clears - _CLEARS + 1, None)
 
-    def _value(self, now: float, state: int, wanted_by: int = -1, used: float | None = None) -> int:
-        times = (int((used or 0.0) * _TENTH) & _TIMES) << _USED_AT | (int(now * _TENTH) & _TIMES) << _WHEN_AT
+    def _value(self, now: float, state: int, wanted_by: int = -1, used: float = 0.0) -> int:
+        times = _tenths(used) << _USED_AT | _tenths(now) << _WHEN_AT
         return times | (self._clears & _CLEARS) << _CLEARS_AT | (wanted_by + 1 & _SPACES) << _SPACE_AT | state
 
     def _put(self, key: int, value: int) -> None:
@@ -120,6 +135,10 @@ class Seen:
         oldest, self._ring[self._next] = self._ring[self._next], key
         self._known[oldest & _SHARDS - 1].pop(oldest, None)
         self._next = (self._next + 1) % self.most
+
+
+def _tenths(seconds: float) -> int:
+    return int(seconds * _TENTH) & _TIMES
 
 
 def keys_of(hashes: bytes) -> array[int]:

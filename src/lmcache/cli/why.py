@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
 
@@ -15,6 +15,7 @@ from lmcache.cache.reasons import REASONS
 from lmcache.cli.verbs import Verbs, add, add_token, add_url, token_of
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.observability.log import printable
+from lmcache.runtime import RUNTIME
 from lmcache.wire.http_client import ask
 
 _TEXT = """
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: --since or --last has no meaning.
     """
-    since = time.time() - _seconds(arguments.since) if arguments.since else 0.0
+    since = RUNTIME.wall() - _seconds(arguments.since) if arguments.since else 0.0
     if arguments.last < 0:
         raise ConfigError(f"--last {arguments.last}: pass a number of requests, such as {_SHOWN}")
     if arguments.summary:
@@ -113,7 +114,7 @@ def _nothing(arguments: argparse.Namespace) -> str:
 def explained(row: Row) -> Iterator[str]:
     """Yield the lines that explain one record to people."""
     size, tokens = row["chunk_tokens"], row["tokens"]
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["at"]))
+    when = datetime.fromtimestamp(row["at"]).strftime("%Y-%m-%d %H:%M:%S")
     found = sum(row["sources"].values())
     yield f"{row['request'] or '(a request without an id)'}  {when}  {row['model'] or '?'}: {found:,} of {tokens:,} tokens found"
     for source, count in row["sources"].items():
@@ -144,6 +145,8 @@ def _detail(row: Row) -> str:
     parts = []
     if row["reason"] == "differs":
         parts.append("Up to there a prompt that was stored before is the same; in these tokens it differs.")
+    if row["twin"]:
+        parts.append(f"The same tokens are stored for {row['twin']}.")
     if row["gone"]:
         verb = {"cleared": "cleared", "not_stored": "not stored"}.get(row["reason"], "evicted")
         parts.append(f"It was {verb} {_ago(row['at'] - row['gone'])} before the lookup")

@@ -188,7 +188,7 @@ class SchedulerSession(Session):
             name = m.request_name(request_id)
             request = m.Lookup(
                 *(self._space, hashes, first, prefill_rate, name, self._others, any_split, m.request_name(engine)),
-                *(halts, again, tokens),
+                *(halts, again, tokens, chain.text),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:

@@ -109,6 +109,7 @@ class Report:
             "version": __version__,
             "pid": os.getpid(),
             "server_id": service.sessions.server_id.hex(),
+            "wall_seconds": self._loop.runtime.wall(),
             "uptime_seconds": round(now - service.started, 1),
             "config": self._config.redacted(),
             "arena": {
