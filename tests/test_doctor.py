@@ -50,7 +50,9 @@ def test_a_server_that_serves_is_all_right(
     words = "--url", f"http://127.0.0.1:{cache.http_port}", "--arena-dir", str(cache.arena_dir)
     code, found = said(*words)
     assert found["server"]["state"] == found["user"]["state"] == found["clock"]["state"] == "ok"
-    assert found["engines"]["text"].startswith("2 engine processes") and __version__ in found["server's version"]["text"]
+    assert (
+        found["engines"]["text"].startswith("2 engine processes") and __version__ in found["server's version"]["text"]
+    )
     assert code == 0, found
     assert main(["doctor", *words]) == 0 and "checks found nothing wrong" in capsys.readouterr().out
 
