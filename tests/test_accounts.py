@@ -180,6 +180,21 @@ def test_an_entry_takes_no_more_memory_than_is_said() -> None:
     assert used < most * ENTRY_BYTES, used / most
 
 
+def test_copies_and_texts_stay_within_their_memory() -> None:
+    import tracemalloc
+
+    tracemalloc.start()
+    accounts, dice = Accounts(Events(), CHUNK, lambda: 1e6, lambda: 1e9, 32 << 20), random.Random(3)
+    for number in range(20_000):
+        for kind in ("load", "store"):
+            accounts.copied(f"chatcmpl-{number:032x}-{number:08x}", kind, 100_000 + number, 1.5 + number, 0)
+        accounts._twin_of(Event("answered", 0, 1, text=dice.randbytes(8)), [dice.randrange(1 << 63)])
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(accounts._copies) == (1 << 20) // 800 and len(accounts._texts) == (1 << 20) // 400
+    assert used < 2 << 20, used
+
+
 def test_records_keep_the_latest_and_page() -> None:
     kept = Records(100_000)
     for number in range(1, 2001):
@@ -229,6 +244,8 @@ def test_why_explains_to_people(server: Servers, engine: Engines, capsys: pytest
         and "96 tokens missing: never_seen" in first
         and "4 tokens missing: below" in first
     )
+    eventually(lambda: why(cache, "cmpl-1-0-abcd")["copies"])
+    assert "The engine stored 96 tokens in" in said("cmpl-1-0-abcd")
     second = said("cmpl-2-0")
     assert "32 tokens from L1" in second and "has the tokens 32 to 47" in second and "differs" in second
     assert "10 tokens missing: below_chunk" in said("short")

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from sys import byteorder
 from typing import NamedTuple
 
 from lmcache.cache.claims import SERVER
 from lmcache.cache.events import Event, Events
 from lmcache.cache.reasons import REASONS, SOURCES
 from lmcache.cache.records import Record, Records
-from lmcache.cache.seen import ENTRY_BYTES, EVICTED, LOST, Known, Seen, keys_of
+from lmcache.cache.seen import CLEARED, ENTRY_BYTES, EVICTED, LOST, Known, Seen, keys_of
 from lmcache.cache.waits import AWAITED, NO_GAIN, FetchRecord
 from lmcache.chunks import HASH_BYTES
 
@@ -31,7 +32,12 @@ MOST_FETCHES = 1024
 _LATELY_SECONDS = 1.5
 """A lookup without a wait belongs to a fetch of its chunks that ended so long ago: it was not repeated for that reason."""
 MOST_TOKENS = 1 << 31
-_TEXT_BYTES = 400
+_TEXT_BYTES, _COPIES_BYTES = 400, 800
+"""Memory of an entry, at most (measured by tests/test_accounts.py)."""
+Run = tuple[str, int]
+"""A reason, and the number of consecutive chunks that are missing for it."""
+Copies = dict[str, tuple[int, float]]
+"""load, store or failed_load -> tokens and seconds of the copies of a request."""
 _OF_L1 = {"being filled": "being_written", "incomplete": "incomplete", "other groups": "other_groups"}
 _NO_LEASE = "quarantine", "too many leases"
 _DAMAGE = "not a frame", "other version", "other shard", "other size", "checksum", "truncated"
@@ -85,12 +91,14 @@ class Accounts:
         self._seen = Seen(most_bytes * 7 // 16 // ENTRY_BYTES) if most_bytes else None
         self._texts = OrderedDict[bytes, Twin]()
         """Hash of a first chunk's tokens alone -> who asked for it last and has stored it."""
-        self._most_texts = most_bytes // 16 // _TEXT_BYTES
+        self._most_texts = most_bytes // 32 // _TEXT_BYTES
         self._chunk_tokens, self._now, self._wall, self._tiers, self._who = chunk_tokens, now, wall, list(tiers), who
         self._arrived: dict[int, str] = {}
         """Chunks that were stored while a lookup waited -> by whom."""
         self._fetches: OrderedDict[object, FetchRecord] = OrderedDict()
         """The fetches that ended last, by the id of a request and by the last hash."""
+        self._copies = OrderedDict[str, Copies]()
+        self._most_copies = most_bytes // 32 // _COPIES_BYTES
         self._twin: Twin | None = None
         """Of the lookup that is being accounted for."""
         self._why = ""
@@ -162,44 +170,63 @@ class Accounts:
             self._fetches.popitem(last=False)
 
     def _answered(self, event: Event) -> None:
-        now, asked, why = self._now(), event.chunks, self._why
-        self._why = ""
-        since, in_l1 = self.waiting.pop(_name(event), (now, asked))
-        keys = keys_of(event.hashes)
-        tokens = self._tokens(event)
-        usable = max(event.found, min(event.have, asked))
-        last, sources = "engine", Counter({"engine": min(event.have, asked)})
-        for chunk in range(min(event.have, asked), usable):
-            last = self._arrived.get(keys[chunk], "l1") if chunk >= in_l1 else "l1"
-            sources[last] += 1
+        now, asked, have, size, why = self._now(), event.chunks, event.have, self._chunk_tokens, self._why
+        self._why, self._twin = "", None
+        since, in_l1 = self.waiting.pop(_name(event), (now, asked)) if self.waiting else (now, asked)
+        tokens, own = self._tokens(event), min(have, asked)
+        usable, runs, known, fetch = max(event.found, own), list[Run](), None, None
+        found = {"engine": own * size} if own else {}
+        if usable > own:
+            found |= {source: count * size for source, count in self._sources(event, own, in_l1, usable)}
         self._forget_arrived()
-        fetch = self._fetch_of(event, since)
-        self._twin = self._twin_of(event, keys)
-        reasons, known = self._why_missing(event, keys, usable, why, fetch) if usable < asked else ([], None)
-        size, counted = self._chunk_tokens, asked * self._chunk_tokens
-        found = {source: chunks * size for source, chunks in sources.items() if chunks}
-        missed = Counter[str]()
-        for reason in reasons:
-            missed[reason] += size
-        if tokens < counted:  # the last chunk is the unfull end of the prompt
-            if reasons:
-                missed[reasons[-1]] -= counted - tokens
-            else:
-                found[last] -= counted - tokens
-        elif tokens > counted:
-            missed["below_chunk"] += (tokens - counted) % size
-            missed["not_asked"] += (tokens - counted) // size * size
-        missed = Counter({reason: count for reason, count in missed.items() if count})
+        if usable < asked or since != now:
+            fetch = self._fetch_of(event, since)
+        missed: dict[str, int] = {}
+        if usable < asked:
+            keys = keys_of(event.hashes)
+            if not usable:
+                self._twin = self._twin_of(event, keys)
+            runs, known = self._why_missing(keys, usable, why, fetch)
+            for reason, count in runs:
+                missed[reason] = missed.get(reason, 0) + count * size
+        self._fit_end(tokens - asked * size, found, missed)
         self.requested += tokens
-        self.found.update(found)
-        self.missed.update(missed)
+        for source, count in found.items():
+            self.found[source] += count
+        for reason, count in missed.items():
+            self.missed[reason] += count
         if self._seen is not None:
-            reason, chunk = (reasons[0], usable) if reasons else ("below_chunk", asked) if missed else ("", -1)
+            reason, chunk = (runs[0][0], usable) if runs else (next(iter(missed)), asked) if missed else ("", -1)
             if reason == "differs":
-                chunk = self._never_seen(keys, usable)[1]
+                chunk = self._never_seen(keys_of(event.hashes), usable)[1]
             if event.found:
-                self._seen.used(now, keys[event.found - 1])
+                self._seen.used(
+                    now, int.from_bytes(event.hashes[16 * event.found - 16 : 16 * event.found - 8], byteorder)
+                )
             self._record(event, now - since, tokens, found, missed, reason, chunk, known, fetch)
+
+    def _sources(self, event: Event, own: int, in_l1: int, usable: int) -> Iterable[tuple[str, int]]:
+        """Return where the chunks behind the engine's own came from. in_l1: so many were in L1 before the lookup waited."""
+        if not self._arrived or in_l1 >= usable:
+            return [("l1", usable - own)]
+        keys = keys_of(event.hashes)
+        sources = Counter(self._arrived.get(keys[chunk], "l1") for chunk in range(max(own, in_l1), usable))
+        sources["l1"] += max(0, in_l1 - own)
+        return [(source, count) for source, count in sources.items() if count]
+
+    def _fit_end(self, more: int, found: dict[str, int], missed: dict[str, int]) -> None:
+        """Account for the end of a prompt that has so many more tokens than its chunks; fewer if the last one is not full."""
+        if more > 0:
+            for reason, count in (
+                ("not_asked", more - more % self._chunk_tokens),
+                ("below_chunk", more % self._chunk_tokens),
+            ):
+                if count:
+                    missed[reason] = missed.get(reason, 0) + count
+        elif more < 0:
+            counted = missed or found
+            last = next(reversed(counted))
+            counted[last] += more
 
     def _twin_of(self, event: Event, keys: Sequence[int]) -> Twin | None:
         """Return who has stored the same tokens under another name, if anybody has."""
@@ -227,34 +254,48 @@ class Accounts:
                 return fetch
         return None
 
+    # Copies
+
+    def copied(self, request: str, kind: str, tokens: int, seconds: float, shard: int) -> None:
+        """Note that the rank of a shard has copied tokens of a request; the first shard stands for all. kind: load, store, or
+        failed_load."""
+        if shard or not request or self._seen is None:
+            return
+        copies = self._copies.setdefault(request, {})
+        before, took = copies.get(kind, (0, 0.0))
+        copies[kind] = before + tokens, took + seconds
+        self._copies.move_to_end(request)
+        if len(self._copies) > self._most_copies:
+            self._copies.popitem(last=False)
+
+    def copies_of(self, requests: Iterable[str]) -> dict[str, Copies]:
+        """Return the copies of these requests, as far as they are still remembered."""
+        return {name: dict(found) for name in requests if (found := self._copies.get(name))}
+
     # Reasons
 
     def _why_missing(
-        self, event: Event, keys: Sequence[int], first: int, why: str, fetch: FetchRecord | None
-    ) -> tuple[list[str], Known | None]:
-        """Return the reason of each chunk from number `first` on, and what is known of the first one."""
-        count = len(keys) - first
+        self, keys: Sequence[int], first: int, why: str, fetch: FetchRecord | None
+    ) -> tuple[list[Run], Known | None]:
+        """Return the reasons of the chunks from number `first` on, each with how many chunks, and what is known of the first."""
+        asked, last = len(keys), _OF_L1.get(why, "")
         if why in _NO_LEASE:
-            return ["no_lease"] * count, None
-        known = self._seen.get(keys[first]) if self._seen is not None else None
-        reasons: list[str] = []
-        if fetch is not None:
-            ours = _fetch_reason(fetch)
-            planned = fetch.l1_chunks + fetch.planned.total() if ours else 0
-            reasons = [ours] * max(0, min(len(keys), planned) - first)
+            return [("no_lease", asked - first)], None
+        ours = _fetch_reason(fetch) if fetch is not None else ""
+        at = first
+        if fetch is not None and ours:  # what was planned and has not arrived
+            at = max(first, min(asked, fetch.l1_chunks + fetch.planned.total()))
+        runs: list[Run] = [(ours, at - first)] if at > first else []
         if self._seen is None:
-            last = _OF_L1.get(why, "not_found")
-            return reasons + [last] * (count - len(reasons)), None
-        last = _OF_L1.get(why, "")
-        for chunk in range(first + len(reasons), len(keys)):
-            one = known if chunk == first else self._seen.get(keys[chunk])
-            if one is None:
-                end = last if last in _OF_L1.values() else self._never_seen(keys, chunk)[0]
-                return reasons + [end] * (len(keys) - chunk), known
-            if chunk > first or not last:
-                last = _gone_reason(one, fetch) or last or "not_found"
-            reasons.append(last)
-        return reasons, known
+            return runs + [(last or "not_found", asked - at)] * (at < asked), None
+        for state, count in self._seen.runs(keys, at):
+            if at > first or not last:
+                last = _gone_reason(state, fetch) or last or "not_found"
+            runs.append((last, count))
+            at += count
+        if at < asked:
+            runs.append((last if last in _OF_L1.values() else self._never_seen(keys, at)[0], asked - at))
+        return runs, self._seen.get(keys[first])
 
     def _never_seen(self, keys: Sequence[int], chunk: int) -> tuple[str, int]:
         """Return the reason of a chunk that was never stored, and the first chunk of the prompt that was not. A chunk
@@ -270,35 +311,23 @@ class Accounts:
     # Records
 
     def _record(
-        self, event: Event, waited: float, tokens: int, found: dict[str, int], missed: Counter[str],
+        self, event: Event, waited: float, tokens: int, found: dict[str, int], missed: dict[str, int],
         reason: str, chunk: int, known: Known | None, fetch: FetchRecord | None,
     ) -> None:  # fmt: skip
-        offset = self._wall() - self._now()
-        gone = used = 0.0
+        wall, gone, used, wanted_by, told = self._wall(), 0.0, 0.0, -1, ""
         if known is not None and reason in ("evicted", "cleared", "not_stored", "tier_down", "tier_slow"):
+            offset, wanted_by = wall - self._now(), known.wanted_by
             gone = offset + (known.when if known.state in (EVICTED, LOST) or known.cleared is None else known.cleared)
             used = offset + known.used if known.used is not None else 0.0
+        if self._twin is not None and reason == "other_identity":
+            told = self._twin.told(event.space)
         engine, model = self._who(event.process)
         self.records.add(
             Record(
-                number=self.records.count + 1,
-                request=event.request,
-                at=self._wall(),
-                engine=engine,
-                model=model,
-                space=event.space,
-                tokens=tokens,
-                chunk_tokens=self._chunk_tokens,
-                waited_seconds=round(waited, 6),
-                sources=found,
-                missed=dict(missed),
-                reason=reason,
-                chunk=chunk,
-                gone=gone,
-                used=used,
-                wanted_by=known.wanted_by if known is not None and gone else -1,
-                fetch={} if fetch is None else self._described(fetch),
-                twin=self._twin.told(event.space) if reason == "other_identity" and self._twin is not None else "",
+                *(self.records.count + 1, event.request, wall, engine, model, event.space, tokens, self._chunk_tokens),
+                *(round(waited, 6) if waited else 0.0, found, missed, reason, chunk, gone, used, wanted_by),
+                {} if fetch is None else self._described(fetch),
+                told,
             )
         )
 
@@ -328,12 +357,10 @@ def _finite(seconds: float | None) -> float | None:
     return None if seconds is None or seconds > 1e9 else round(seconds, 6)
 
 
-def _gone_reason(known: Known, fetch: FetchRecord | None) -> str:
-    """Return why a chunk that was seen before is not in L1; "" if it should be."""
-    if known.state == LOST:
-        return "not_stored"
-    if known.state != EVICTED:
-        return "cleared" if known.cleared is not None else ""
+def _gone_reason(state: int, fetch: FetchRecord | None) -> str:
+    """Return why a chunk with this state (`Seen.runs`) is not in L1; "" if it should be."""
+    if state != EVICTED:
+        return {LOST: "not_stored", CLEARED: "cleared"}.get(state, "")
     whys = set(fetch.left_out.values()) if fetch is not None and not fetch.planned else set()
     if whys & {"not serving", "failed"}:
         return "tier_down"

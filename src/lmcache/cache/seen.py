@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
-STORED, EVICTED, LOST = 1, 2, 3
-"""What happened to a chunk last: it was stored; it was evicted; it got no memory or its copy failed, so it was never complete."""
+STORED, EVICTED, LOST, CLEARED = 1, 2, 3, 4
+"""What happened to a chunk last: it was stored; it was evicted; it got no memory or its copy failed, so it was never complete;
+it was removed with all others (only in `runs`)."""
 ENTRY_BYTES = 192
 """Memory of one entry: two numbers, a place in a dictionary and a place in the ring (measured by tests/test_accounts.py)."""
 _SHARDS = 256
@@ -66,6 +68,25 @@ class Seen:
             bool(value & _PARENT),
             self._cleared_at.get(self._clears - clears + 1) if clears else None,
         )
+
+    def runs(self, keys: Sequence[int], first: int) -> list[tuple[int, int]]:
+        """Return the states of the chunks from number `first` on, up to one that is not known, each with the number of
+        consecutive chunks that have it."""
+        found: list[tuple[int, int]] = []
+        known, clears, last, begin = self._known, self._clears & _CLEARS, 0, first
+        for number in range(first, len(keys)):
+            key = keys[number]
+            value = known[key & _SHARDS - 1].get(key)
+            state = 0 if value is None else value & 3
+            if state == STORED and value is not None and value >> _CLEARS_AT & _CLEARS != clears:
+                state = CLEARED
+            if state != last:
+                if last:
+                    found.append((last, number - begin))
+                last, begin = state, number
+            if not state:
+                return found
+        return found + [(last, len(keys) - begin)] * (len(keys) > begin)
 
     def stored(self, now: float, hashes: bytes, parents: bytes) -> None:
         """Note that these chunks are complete. parents: the hashes of the chunks before them."""

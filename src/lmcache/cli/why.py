@@ -121,6 +121,8 @@ def explained(row: Row) -> Iterator[str]:
         yield f"  {count:>9,} tokens from {_SOURCES.get(source, f'the tier {source}')}"
     if row["waited_seconds"]:
         yield f"  The lookup waited {row['waited_seconds']:.3f} s."
+    for kind, (count, seconds) in row["copies"].items():
+        yield f"  The engine {_COPIES.get(kind, kind)} {count:,} tokens" + (f" in {seconds:.3f} s." if seconds else ".")
     for reason, count in sorted(row["missed"].items(), key=lambda one: -one[1]):
         meaning = (
             REASONS[reason].meaning if reason in REASONS else "This version of `lmcache why` does not know the reason."
@@ -133,6 +135,7 @@ def explained(row: Row) -> Iterator[str]:
             yield f"  What to do: {REASONS[row['reason']].remedy}"
 
 
+_COPIES = {"load": "loaded", "store": "stored", "failed_load": "could not load (its log says why)"}
 _SOURCES = {
     "engine": "the engine's own prefix cache",
     "l1": "L1",

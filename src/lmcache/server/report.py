@@ -95,7 +95,9 @@ class Report:
             raise ConfigError("the server remembers no requests: start it with --records-mb 64")
         blocks, totals = self._loop.ask(lambda: (accounts.records.blocks(), self._token_counters()))
         found, rest = select(blocks, request=request, misses=misses, since=since, before=before, limit=limit)
-        return {"requests": [one.described() for one in found], "next": rest, "totals": totals}
+        copies = self._loop.ask(lambda: accounts.copies_of(one.request for one in found))
+        described = [one.described() | {"copies": copies.get(one.request, {})} for one in found]
+        return {"requests": described, "next": rest, "totals": totals}
 
     def status(self) -> dict[str, object]:
         return self._loop.ask(self._status)

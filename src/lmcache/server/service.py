@@ -55,7 +55,7 @@ class Service:
             l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers, self.sessions.describe
         )
         self.sessions.on_gone.append(self.accounts.forget)
-        self._untold: Event | None = None
+        self._untold: tuple[Peer, m.Lookup, str, bytes, Hit] | None = None
         """The lookup that is being answered; listeners hear of it when the answer has been sent."""
         self._payload = PayloadCopies(loop, l1, self.sessions, workers)
         self._drop_reasons: set[str] = set()
@@ -89,8 +89,7 @@ class Service:
             if answer is not None and peer.process:
                 reply(answer(peer, request), [])
                 if self._untold is not None:
-                    told, self._untold = self._untold, None
-                    self.l1.events.tell(told)
+                    self._tell(*self._untold)
             elif isinstance(request, m.Hello):
                 reply(self.sessions.hello(peer, request), [])
             elif not peer.process:
@@ -178,13 +177,17 @@ class Service:
         if hit is None:
             hit = self.l1.lookup(self._now(), *asked, again=again)
         if not again:
-            self._untold = Event(
-                *("answered", request.space, len(hashes) // 16, "", peer.process, "", name, -1, hashes),
-                *(b"", -1, (), hit.chunks, first, request.tokens, request.text),
-            )
+            self._untold = peer, request, name, hashes, hit
         if self.tiering is not None:
             self._promise(peer, request, name, spaces, hashes, hit)
         return _found(hit)
+
+    def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, hit: Hit) -> None:
+        """Tell the listeners of a lookup that has been answered."""
+        self._untold = None
+        which = "answered", request.space, len(hashes) // 16, "", peer.process, "", name, -1, hashes, b"", -1, ()
+        told = *which, hit.chunks, max(0, request.first_wanted), request.tokens, request.text, None
+        self.l1.events.tell(Event._make(told))  # faster than a call of the class
 
     def _promise(self, peer: Peer, request: m.Lookup, name: str, spaces: list[int], hashes: bytes, hit: Hit) -> None:
         """Note what the engine of an answered lookup will compute, and what it uses of tiers' chunks."""
@@ -258,7 +261,9 @@ class Service:
         return m.Ok(self.l1.commit(self._now(), peer.process, request.reservation, request.ok))
 
     def _copied(self, peer: Peer, request: m.Copied) -> m.Message:
+        name = m.request_name(request.request)
         if not request.ok:
+            self.accounts.copied(name, f"failed_{request.kind}", request.tokens, 0.0, request.shard)
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning(
                 "An engine could not %s %d tokens: see the log of %s", request.kind, request.tokens, peer.who
@@ -266,6 +271,7 @@ class Service:
             return m.Ok()
         if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
             raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
+        self.accounts.copied(name, request.kind, request.tokens, request.seconds, request.shard)
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens
         self.counters[f"{past}_microseconds"] += int(request.seconds * 1e6)

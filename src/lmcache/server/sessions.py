@@ -78,6 +78,7 @@ class Sessions:
         self._l1, self._chunk_tokens = l1, chunk_tokens
         self._participants: dict[Who, int] = {}
         self._next_process = 1
+        self._described: dict[int, tuple[str, str]] = {}
 
     def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
         """Check the version of a hello and let the process join L1. The endpoint has authenticated the peer before."""
@@ -122,6 +123,7 @@ class Sessions:
         self.peers.discard(peer)
         self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
         self._l1.leave(peer.process)
+        self._described.pop(peer.process, None)
         for listener in self.on_gone:
             listener(peer.process)
         peer.process = 0
@@ -143,10 +145,13 @@ class Sessions:
 
     def describe(self, process: int) -> tuple[str, str]:
         """Return the engine and the model of a process; "" where they are not known."""
-        for peer in self.peers:
-            if peer.process == process:
-                return peer.instance, str(peer.layout.get("model_id", ""))
-        return "", ""
+        known = self._described.get(process)
+        if known is None:
+            peer = next((one for one in self.peers if one.process == process), None)
+            known = (peer.instance, str(peer.layout.get("model_id", ""))) if peer is not None else ("", "")
+            if known[1]:
+                self._described[process] = known
+        return known
 
     def _enter(self, who: Who) -> int:
         process = self._participants[who] = self._next_process

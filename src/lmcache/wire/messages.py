@@ -153,6 +153,8 @@ class Copied(Message, frozen=True, tag=8):
     seconds: float
     shard: int
     ok: bool = True
+    request: str = ""
+    """The engine's own id of the request as `request_name` gives it, for the record of the request."""
 
 
 class Fetch(Message, frozen=True, tag=9):
