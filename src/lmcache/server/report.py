@@ -9,7 +9,7 @@ from itertools import islice
 
 from lmcache import __version__
 from lmcache.cache import KINDS
-from lmcache.cache.records import select
+from lmcache.cache.records import Blocks, select
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server.loop import Loop
@@ -93,7 +93,7 @@ class Report:
         accounts = self._service.accounts
         if not accounts.records.most_bytes:
             raise ConfigError("the server remembers no requests: start it with --records-mb 64")
-        blocks, totals = self._loop.ask(lambda: (accounts.records.blocks(), self._token_counters()))
+        blocks, totals = self._loop.ask(self._blocks_and_totals)
         found, rest = select(blocks, request=request, misses=misses, since=since, before=before, limit=limit)
         copies = self._loop.ask(lambda: accounts.copies_of(one.request for one in found))
         described = [one.described() | {"copies": copies.get(one.request, {})} for one in found]
@@ -207,7 +207,12 @@ class Report:
         }
         return out
 
+    def _blocks_and_totals(self) -> tuple[Blocks, dict[str, float]]:
+        totals = self._token_counters()  # accounts for what waits for that, so it comes first
+        return self._service.accounts.records.blocks(), totals
+
     def _token_counters(self) -> dict[str, float]:
+        self._loop.settle()
         accounts = self._service.accounts
         out: dict[str, float] = {"requested_tokens_total": accounts.requested}
         out |= {f'lookup_tokens_total{{source="{source}"}}': count for source, count in accounts.found.items()}

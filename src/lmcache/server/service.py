@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ class Service:
             if answer is not None and peer.process:
                 reply(answer(peer, request), [])
                 if self._untold is not None:
-                    self._tell(*self._untold)
+                    self._account()
             elif isinstance(request, m.Hello):
                 reply(self.sessions.hello(peer, request), [])
             elif not peer.process:
@@ -182,9 +183,19 @@ class Service:
             self._promise(peer, request, name, spaces, hashes, hit)
         return _found(hit)
 
+    def _account(self) -> None:
+        """Let listeners hear of the lookup that has just been answered. A hit can wait until the loop is idle; why something is
+        missing has to be found out before it is stored."""
+        assert self._untold is not None
+        told, self._untold = self._untold, None
+        _, _, _, hashes, hit = told
+        if 16 * hit.chunks < len(hashes) or self.accounts.waiting:
+            self._tell(*told)
+        else:
+            self.loop.when_idle(partial(self._tell, *told))
+
     def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, hit: Hit) -> None:
         """Tell the listeners of a lookup that has been answered."""
-        self._untold = None
         which = "answered", request.space, len(hashes) // 16, "", peer.process, "", name, -1, hashes, b"", -1, ()
         told = *which, hit.chunks, max(0, request.first_wanted), request.tokens, request.text, None
         self.l1.events.tell(Event._make(told))  # faster than a call of the class
