@@ -180,7 +180,11 @@ class Service:
         if not again:
             self._untold = peer, request, name, hashes, hit
         if self.tiering is not None:
-            self._promise(peer, request, name, spaces, hashes, hit)
+            if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
+                asker = Asker(peer.process, name, request.engine)
+                self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
+            if self.tiering.writes.nearly_full:
+                self.tiering.writes.used(spaces, hashes, hit.chunks)
         return _found(hit)
 
     def _account(self) -> None:
@@ -196,18 +200,22 @@ class Service:
 
     def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, hit: Hit) -> None:
         """Tell the listeners of a lookup that has been answered."""
-        which = "answered", request.space, len(hashes) // 16, "", peer.process, "", name, -1, hashes, b"", -1, ()
+        which = (
+            "answered",
+            request.space,
+            len(hashes) // 16,
+            "",
+            peer.process,
+            "",
+            name,
+            -1,
+            hashes,
+            b"",
+            -1,
+            (),
+        )
         told = *which, hit.chunks, max(0, request.first_wanted), request.tokens, request.text, None
         self.l1.events.tell(Event._make(told))  # faster than a call of the class
-
-    def _promise(self, peer: Peer, request: m.Lookup, name: str, spaces: list[int], hashes: bytes, hit: Hit) -> None:
-        """Note what the engine of an answered lookup will compute, and what it uses of tiers' chunks."""
-        assert self.tiering is not None
-        if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
-            asker = Asker(peer.process, name, request.engine)
-            self.tiering.answered(asker, spaces, hashes, hit.chunks, request.prefill_rate)
-        if self.tiering.writes.nearly_full:
-            self.tiering.writes.used(spaces, hashes, hit.chunks)
 
     def _answerable(self, peer: Peer, request: m.Lookup, spaces: list[int], first: int) -> bytes:
         """Return those of the hashes whose extents fit into one answer, which the peer has room for."""
