@@ -15,6 +15,8 @@ import pytest
 
 import lmcache
 from engine_process import set_deadline
+from lmcache.cache.reasons import REASONS
+from lmcache.server.metrics import HELP
 from lmcache.server.refused import Reason
 from servers import PATIENCE, Server, eventually
 
@@ -212,3 +214,10 @@ def test_the_page_names_every_reason_of_a_refusal() -> None:
     section = (DOCS.parent / "SECURITY.md").read_text().split("## Who was refused")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     assert sorted(re.findall(r"`([^`]+)`", " ".join(rows))) == sorted(get_args(Reason))
+
+
+def test_every_metric_and_every_reason_is_explained() -> None:
+    page = (DOCS / "observability.md").read_text()
+    assert [name for name in HELP if f"`lmcache_{name}`" not in page] == []
+    assert [name for name, one in REASONS.items() if f"| `{name}` | {one.meaning} | {one.remedy} |" not in page] == []
+    assert set(re.findall(r"`lmcache_([a-z_0-9]+)`", page)) <= set(HELP), "no metric that does not exist"

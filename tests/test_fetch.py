@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from lmcache.cache.events import Event
-from lmcache.cache.fetch import KEPT_RECORDS, Ask, Fetches
+from lmcache.cache.fetch import KEPT_RECORDS, Ask, Ended, Fetches
 from lmcache.cache.load_cost import SLACK_SECONDS, Pace, slack_seconds
 from lmcache.cache.promises import Asker
 from lmcache.cache.waits import ASK_SECONDS, FetchRecord, Load, TierTraits, Wanted
@@ -75,7 +75,7 @@ class World:
     def carry_out(self) -> None:
         effects, self.fetches.effects = self.fetches.effects, []
         for effect in effects:
-            if isinstance(effect, FetchRecord):
+            if isinstance(effect, (FetchRecord, Ended)):
                 continue
             latency, rate = self.tiers[effect.tier]
             if isinstance(effect, Ask):

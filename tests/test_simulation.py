@@ -257,8 +257,19 @@ def test_a_server_its_tiers_and_two_engines_live_by_a_made_up_clock(world: World
     ages = [peer["connected_seconds"] for peer in status["engines"]]
     assert len(ages) == 5 and all(age == pytest.approx(world.time.time - connected, abs=0.3) for age in ages)
     assert two.generate(prompt).hit_tokens == 10 * CHUNK - 1
+    counters = world.status()["counters"]
+    assert accounted(counters) > 0 and counters['lookup_tokens_total{source="dir"}'] == 10 * CHUNK
     assert world.time.time < 92
     print(f"{world.time.time:.2f} made-up seconds, {time.perf_counter() - began:.2f} real ones")
+
+
+def accounted(counters: dict[str, float]) -> float:
+    """The tokens that were looked up, each of which was found or is missing for a reason."""
+    parts = ("lookup_tokens_total{", "missed_tokens_total{")
+    assert counters["requested_tokens_total"] == sum(n for name, n in counters.items() if name.startswith(parts))
+    gone = counters["evicted_chunks_total"] + counters["cleared_chunks_total"]
+    assert counters["stored_chunks_total"] == counters["complete_chunks"] + gone
+    return counters["requested_tokens_total"]
 
 
 ENGINES, BURSTS, SHARED = 8, 25, 12
@@ -310,3 +321,8 @@ def test_engines_that_get_one_prompt_at_once_compute_it_once(world: World) -> No
     assert longest < 2 * 0.001 * (SHARED * CHUNK + 1) + 0.1
     assert counters["awaited_tokens_total"] >= 0.9 * SHARED * CHUNK * BURSTS
     assert not counters["promised_chunks"] and counters['awaits_by_end_total{reason="arrived"}'] >= 0.9 * BURSTS
+    assert accounted(counters) == ENGINES * (8 * CHUNK + BURSTS * (SHARED * CHUNK + 1)), (
+        "each prompt once, to the token"
+    )
+    from_others = counters['lookup_tokens_total{source="other_engine"}']
+    assert from_others >= 0.9 * once * (ENGINES - 1), "for all of them"

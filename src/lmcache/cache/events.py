@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.observability.log import init_logger
+
+if TYPE_CHECKING:
+    from lmcache.cache.waits import FetchRecord
 
 logger = init_logger(__name__)
 KINDS = (
@@ -17,6 +20,8 @@ KINDS = (
 )  # fmt: skip
 TIER_KINDS = "loaded", "load_failed", "written", "write_failed"
 """Kinds of events of tiers; `KINDS` are those of L1."""
+REQUEST_KINDS = "waits", "answered", "fetched"
+"""Kinds of events of requests."""
 
 
 class Event(NamedTuple):
@@ -31,6 +36,9 @@ class Event(NamedTuple):
     expired        A claim on the chunks has passed its deadline. The chunks of a reservation are dropped then.
     loaded         A tier has delivered a shard of each chunk, for which the server had reserved extents. load_failed: it has not.
     written        A tier has stored a shard of each chunk; reason `kept`: it had the shard already. write_failed: it has not.
+    waits          A lookup was told to wait for a tier or another engine; `found` chunks are in L1.
+    answered       A lookup of these chunks has its answer, for the first time: `found` of them can be used.
+    fetched        A fetch (`cache.waits.FetchRecord`) has ended; the reason is its outcome.
     """
 
     kind: str
@@ -54,6 +62,16 @@ class Event(NamedTuple):
     """For evicted and incomplete: the space that needed memory."""
     last_used: tuple[float | None, ...] = ()
     """For evicted and incomplete: when each chunk was last used; None if that was before somebody listened with `timed`."""
+    found: int = 0
+    """For waits and answered: so many leading chunks are in L1."""
+    have: int = 0
+    """For answered: the engine has so many leading chunks itself."""
+    tokens: int = 0
+    """For answered: tokens of the prompt; 0 if the engine did not say."""
+    text: bytes = b""
+    """For answered: names the first chunk's tokens, whatever the model; b"" if the engine did not say."""
+    fetch: FetchRecord | None = None
+    """For fetched."""
 
 
 Listener = Callable[[Event], None]
@@ -110,13 +128,15 @@ class Events:
         if not listeners:
             return
         event = Event(kind, space, chunks, reason, *by, shard)
-        if kind in self.named:
-            event = detail(event)
-        for listener in listeners:
+        self.tell(detail(event) if kind in self.named else event)
+
+    def tell(self, event: Event) -> None:
+        """Call the listeners of an event that is complete, without counting it. Exceptions as for `emit`."""
+        for listener in self.heard.get(event.kind, ()):
             try:
                 listener(event)
             except Exception:  # a bug in the listener
-                self.failed(kind)
+                self.failed(event.kind)
 
     def failed(self, kind: str) -> None:
         """Count the current exception, which an effect of the event `kind` has raised; log it the first time."""

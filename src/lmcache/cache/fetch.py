@@ -49,6 +49,12 @@ class Ask(NamedTuple):
     hashes: bytes
 
 
+class Ended(NamedTuple):
+    """Effect: the fetch of this record has ended."""
+
+    record: FetchRecord
+
+
 class Fetches:
     """All fetches from these tiers, nearest first.
 
@@ -56,8 +62,9 @@ class Fetches:
     """
 
     def __init__(self, tiers: Sequence[TierTraits], always: bool = False, patience_seconds: float = 10.0) -> None:
-        self.effects: list[Ask | Load | FetchRecord] = []
-        """The server carries these out after every call, and removes them. A record: log the decision whether to load."""
+        self.effects: list[Ask | Load | FetchRecord | Ended] = []
+        """The server carries these out after every call, and removes them. A record: log the decision whether to
+        load."""
         self.counters: Counter[str] = Counter()
         self.records: deque[FetchRecord] = deque(maxlen=KEPT_RECORDS)
         """Records of ended fetches, the latest one last."""
@@ -127,7 +134,7 @@ class Fetches:
             if len(self._fetches) >= MAX_FETCHES:
                 self.counters["too_many"] += 1
                 self._wait_no_longer(fetch)
-                self.records.append(fetch.end(now, "too many"))
+                self._keep(fetch.end(now, "too many"))
                 return 0
             self._begin(now, fetch, known)
         if fetch.unanswered:
@@ -318,7 +325,7 @@ class Fetches:
         self.counters["fetches"] += 1
         self.counters["arrived"] += fetch.arrived
         outcome = reason or ("arrived" if fetch.arrived == len(fetch.plan) else "failed")
-        self.records.append(fetch.end(now, outcome))
+        self._keep(fetch.end(now, outcome))
         if AWAITED in fetch.record.planned:
             self.counters["awaited"] += fetch.plan[: fetch.arrived].count(AWAITED)
             self.counters[f"awaits:{outcome}"] += 1
@@ -327,6 +334,10 @@ class Fetches:
         else:  # the chunks may be evicted, and a new fetch may then load them again
             self.counters["failed"] += len(fetch.plan) - fetch.arrived
             self._drop(fetch)
+
+    def _keep(self, record: FetchRecord) -> None:
+        self.records.append(record)
+        self.effects.append(Ended(record))
 
     def _wait_no_longer(self, fetch: Fetch) -> None:
         for asker in fetch.askers:

@@ -100,13 +100,15 @@ class TokenChain:
     2
     """
 
-    __slots__ = ("_extras", "chunk_tokens", "hashes", "root")
+    __slots__ = ("_extras", "chunk_tokens", "hashes", "root", "text")
 
     def __init__(self, root: bytes, chunk_tokens: int, extras: Extras | None = None) -> None:
         self.root = root
         self.chunk_tokens = chunk_tokens
         self.hashes = b""
         """The hashes of all full chunks so far, 16 bytes each, joined."""
+        self.text = b""
+        """Eight bytes that name the tokens of the first chunk alone, whatever the root; b"" before it is full."""
         self._extras = extras
 
     def __len__(self) -> int:
@@ -146,6 +148,8 @@ class TokenChain:
             at = (number - done) % step * size * 4
             if not at:
                 encoded = token_bytes(token_ids[number * size : min(number + step, total) * size])
+            if not number:
+                self.text = blake3(encoded[: size * 4]).digest(8)
             extras = self._extras(number * size, (number + 1) * size) if self._extras else b""
             hasher.update(_material(parent, size, encoded[at : at + size * 4], extras))
             parent = hasher.digest(HASH_BYTES)

@@ -185,6 +185,11 @@ class ServerConfig:
         extra_env="LMCACHE_LOG_LEVEL",
         help=f"How much to log: {', '.join(LOG_LEVELS)}.",
     )
+    records_mb: float = _machine(
+        *("MB", read.number(0, 1e5), 64.0),
+        help="Memory, in MiB, for one record a request and for what has become of chunks, so that `lmcache why` can tell why "
+        "tokens were not found. It grows only with use. 0: remember nothing, and only count.",
+    )
     config: Path | None = _machine(
         *("FILE", read.path, None),
         in_file=False,

@@ -272,9 +272,11 @@ class CopyThreads(Session):
             self._state.notify_all()
             self._ended.notify_all()
         if copied.tokens:
-            self._connection.post(m.Copied(kind, copied.tokens, copied.seconds, self._shard_index))
+            name = m.request_name(job.request_id)
+            self._connection.post(m.Copied(kind, copied.tokens, copied.seconds, self._shard_index, request=name))
         elif isinstance(job, Load) and not ok:
-            self._connection.post(m.Copied(kind, job.end_token - job.start_token, 0.0, self._shard_index, ok=False))
+            tokens, name = job.end_token - job.start_token, m.request_name(job.request_id)
+            self._connection.post(m.Copied(kind, tokens, 0.0, self._shard_index, ok=False, request=name))
 
     def _wait_for_step(self, point: Event, leave_end: bool) -> None:
         """Wait until the device has passed `point`. leave_end: if it had not yet, wait for the rest of the engine's step too."""

@@ -65,7 +65,8 @@ class Load:
     token 0 on. part, lease_chunk: the part of the lease and the place of `first_chunk` in it (names payload frames). after: on a
     GPU, the point in the engine's stream that must have passed before the blocks may be written. progress: notified of each layer
     that has arrived, if the engine waits for layers one by one. others: the same for each further group of the model; all
-    succeed, or the load fails. foreign: what other splits have stored, in order: the chunks behind those of `extents`."""
+    succeed, or the load fails. foreign: what other splits have stored, in order: the chunks behind those of `extents`.
+    request_id: the engine's request id, for the server's records."""
 
     epoch: bytes
     lease: int
@@ -80,6 +81,7 @@ class Load:
     others: tuple[Load, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     part: int = 0
+    request_id: str = ""
 
 
 @dataclass(frozen=True)

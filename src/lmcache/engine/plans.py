@@ -61,6 +61,7 @@ class LoadPlan:
             *(hit.epoch, hit.lease, first, extents, *tokens, blocks, skipped, after, progress),
             foreign=foreign,
             part=hit.part,
+            request_id=str(self.request_id),
         )
 
 

@@ -45,7 +45,7 @@ class Request:
 
     salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet; asked_from: the
-    token from which on it was asked for, at the start of a chunk. counted: whether the server has counted an answer. wait: if the
+    token from which on it was asked for, at the start of a chunk. wait: if the
     last answer was `Loading`. blocks: the engine's block table from token 0 on; tables: those of the model's further groups.
     stored: number of leading chunks that the server has or was sent; tail: hash of the unfull chunk that it has or was sent.
     promised: how many leading chunks, with the tail, other engines may expect to be stored. jobs: running stores, each with the
@@ -66,7 +66,6 @@ class Request:
     asked_at: float = _NEVER
     asked_tokens: int = -1
     asked_from: int = 0
-    counted: bool = False
     wait: Wait | None = None
     blocks: list[int] = field(default_factory=list)
     tables: list[list[int]] = field(default_factory=list)
@@ -181,7 +180,6 @@ class Requests(Generic[RequestT]):
             return None
         age = now - request.asked_at
         same = len(tokens) == request.asked_tokens and request.epoch == session.epoch
-        again = same and request.counted
         if request.hit is not None:
             if same and age < fresh and request.asked_from <= have:
                 return request.hit
@@ -207,18 +205,21 @@ class Requests(Generic[RequestT]):
                 "request_id": str(request.id),
                 "chunks": most,
                 "engine": self._name if self._stores else "",
-                "again": again,
+                "again": same,
                 "stores_tail": stores_tail,
+                "tokens": len(tokens),
             }
             if not self._loads:
                 ask = partial(session.poll, loads=False)
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
+        elif chain is not None and len(tokens) and not same:
+            session.too_short(len(tokens), str(request.id))
         if isinstance(found, Loading):
             began = request.wait.began if request.wait is not None else now
             request.wait = Wait(began, found, now + min(MISS_SECONDS, WAIT_SHARE * (now - began)))
-            request.promised, request.asked_tokens, request.counted = 0, len(tokens), again
+            request.promised, request.asked_tokens = 0, len(tokens)
             return found
-        request.wait, request.counted = None, True
+        request.wait = None
         request.promised = len(chain) + stores_tail if chain is not None and self._stores else 0
         if found is not None and chain is not None:
             request.stored = max(request.stored, min(found.chunks, len(chain)))

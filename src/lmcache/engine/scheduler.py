@@ -143,6 +143,7 @@ class SchedulerSession(Session):
         engine: str = "",
         again: bool = False,
         stores_tail: bool = True,
+        tokens: int = 0,
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -152,12 +153,12 @@ class SchedulerSession(Session):
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             asked = chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine
-            found = self.poll(*asked, halts=True, again=again, stores_tail=stores_tail)
+            found = self.poll(*asked, halts=True, again=again, stores_tail=stores_tail, tokens=tokens)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
                 # Without an id it waits for no other engine, and gets what that has stored so far.
-                found = self.poll(chain, skip_tokens, prefill_rate, tail, "", chunks, any_split, again=again)
+                found = self.poll(*asked[:4], "", chunks, any_split, again=again, tokens=tokens)
                 return None if isinstance(found, Loading) else found
             self.runtime.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -176,6 +177,7 @@ class SchedulerSession(Session):
         again: bool = False,
         stores_tail: bool = True,
         loads: bool = True,
+        tokens: int = 0,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
@@ -187,6 +189,7 @@ class SchedulerSession(Session):
         the chunks that it does not find. halts: whether it computes nothing while the answer is `Loading`. again: whether the
         server has counted an earlier answer to the same request. stores_tail: whether the engine stores the tail, too. loads: if
         false, only announce what the engine will store, and return None.
+        tokens: of the complete prompt, for the server's accounts.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -204,7 +207,7 @@ class SchedulerSession(Session):
             request = m.Lookup(
                 *(self._space, hashes, first if loads else len(hashes) // HASH_BYTES, prefill_rate, name, self._others),
                 *(any_split, m.request_name(engine), halts, again, loads),
-                *((len(known) // HASH_BYTES,) if tail and not stores_tail else ()),
+                *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, chain.text),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
@@ -276,6 +279,12 @@ class SchedulerSession(Session):
         """Tell the server that the request has ended: it waits no longer, and stores no more of what its lookup did not find."""
         if self._connection.connected:
             self._connection.post(m.Release([], [m.request_name(request_id)]))
+
+    def too_short(self, tokens: int, request_id: str) -> None:
+        """Report a prompt that does not fill a chunk, so that the server can account for it. Nothing is looked up."""
+        if self._chunk_tokens and self._connection.connected:
+            name = m.request_name(request_id)
+            self._connection.post(m.Lookup(self._space, b"", request=name, others=self._others, tokens=tokens))
 
     def forgone(self, tokens: int) -> None:
         """Count computed tokens of a prompt that had no chain. If the reason was that the weights are not identified yet, the

@@ -24,6 +24,19 @@ class Control(Protocol):
         """Return the names of columns, and samples of the last hour, one every ten seconds, the oldest first."""
         ...
 
+    def requests(
+        self, request: str = "", misses: bool = False, since: float = 0.0, before: int = 0, limit: int = 100
+    ) -> dict[str, object]:
+        """Return records of the latest requests, `next` (the number before which to go on, 0 at the end) and the totals in
+        tokens. JSON types only.
+
+        request: the beginning of an id. misses: only those with missing tokens. since: seconds since the epoch.
+
+        Raises:
+            ConfigError: the server keeps no records.
+        """
+        ...
+
     def degraded(self) -> list[str]:
         """Return the tiers that do not serve now, each with the reason. The server is healthy without them."""
         ...

@@ -29,6 +29,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from lmcache import __version__
+from lmcache.cache.records import MOST_RETURNED
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
@@ -161,6 +162,7 @@ class HttpEndpoint:
             Route("/status", self._edge(self._guarded(self._status))),
             Route("/fetches", self._edge(self._guarded(self._fetches))),
             Route("/history", self._edge(self._guarded(self._history))),
+            Route("/requests", self._edge(self._guarded(self._requests))),
             Route("/metrics", self._edge(self._metrics)),
             Route("/config", self._edge(self._guarded(self._settings))),
             *(
@@ -242,6 +244,13 @@ class HttpEndpoint:
     async def _fetches(self, request: Request) -> Response:
         return _json({"fetches": await _ask(self._control.fetches)})
 
+    async def _requests(self, request: Request) -> Response:
+        try:
+            asked = _records_asked(request.query_params)
+            return _json(await _ask(lambda: self._control.requests(**asked)))
+        except ConfigError as error:
+            return _json({"status": "error", "reason": str(error)}, 400)
+
     async def _metrics(self, request: Request) -> Response:
         counters = await _ask(self._control.counters)
         body, content_type = render(counters, request.headers.get("accept", ""))
@@ -280,6 +289,28 @@ class HttpEndpoint:
             return _json({"columns": columns, "samples": samples})
         lines = [",".join(columns), *(",".join(map(str, sample)) for sample in samples)]
         return Response("\n".join(lines) + "\n", media_type="text/csv")
+
+
+def _records_asked(given: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments of `Control.requests` that a query gives.
+
+    Raises:
+        ConfigError: an unknown name, or a value that is not a number.
+    """
+    asked: dict[str, Any] = {}
+    for name, value in given.items():
+        kind = {"request": str, "misses": int, "since": float, "before": int, "limit": int}.get(name)
+        try:
+            if kind is None:
+                raise ConfigError(f"{name}=: there is request=, misses=1, since=, before= and limit=")
+            asked[name] = kind(value) if value.isascii() or kind is str else int("")
+        except ValueError:
+            raise ConfigError(f"{name}={value[:40]}: must be a number") from None
+    if "misses" in asked:
+        asked["misses"] = bool(asked["misses"])
+    if not 0 < asked.get("limit", 1) <= MOST_RETURNED or asked.get("before", 0) < 0:
+        raise ConfigError(f"limit= must be from 1 to {MOST_RETURNED}, and before= not negative")
+    return asked
 
 
 def why_refused(peer: str, headers: Mapping[str, str], token: str, changes: bool) -> str:
@@ -348,7 +379,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
     known = (
-        "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /history; POST /cache/clear"
+        "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /requests, /history; "
+        "POST /cache/clear"
     )
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})

@@ -21,6 +21,12 @@ from lmcache.runtime import RUNTIME, Runtime
 logger = init_logger(__name__)
 T = TypeVar("T")
 TICK_SECONDS = 0.25
+IDLE_SECONDS = 0.001
+"""Calls for `when_idle` are made when nothing has happened for so long."""
+MOST_IDLE = 256
+"""When more calls wait, the oldest one is made at once."""
+_IDLE_AT_ONCE = 16
+"""So many calls are made before events are looked for again."""
 _END_SECONDS = 0.2
 """`close` waits for so long in total for the threads of all executors. Threads that hang in a call go on."""
 
@@ -42,6 +48,7 @@ class Loop:
         self._watched: dict[int, Callable[[], None]] = {}
         """Descriptor -> callback."""
         self._calls: deque[Callable[[], None]] = deque()
+        self._idle: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.watch(self._wake_read, self._drain_wakes)
         self._wake_lock = threading.RLock()
@@ -104,6 +111,17 @@ class Loop:
             future.cancel()
             raise TimeoutError(f"the server's main loop did not answer within {timeout_seconds} s") from None
 
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Make a call that nobody waits for when the loop has nothing else to do; in the loop's thread only."""
+        self._idle.append(call)
+        if len(self._idle) > MOST_IDLE:
+            self._guarded(self._idle.popleft())
+
+    def settle(self) -> None:
+        """Make all calls that wait for the loop to be idle; in the loop's thread only."""
+        while self._idle:
+            self._guarded(self._idle.popleft())
+
     def run(self) -> None:
         """Handle events, calls and ticks until `stop` is called."""
         self._thread = threading.get_ident()
@@ -147,7 +165,12 @@ class Loop:
     def _turn(self, seconds: float) -> None:
         """Wait for events for at most `seconds`; handle the events and the calls of other threads."""
         # A callback may close a descriptor, whose number then stands for another one, so all are looked up first.
+        if self._idle:
+            seconds = min(seconds, IDLE_SECONDS)
         events = self.runtime.poll(self._epoll, seconds if seconds > 0.0 else 0.0)
+        if not events:
+            for _ in range(min(len(self._idle), _IDLE_AT_ONCE)):
+                self._guarded(self._idle.popleft())
         for callback in [self._watched[descriptor] for descriptor, _ in events]:
             self._guarded(callback)
         while self._calls:

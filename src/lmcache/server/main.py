@@ -173,7 +173,8 @@ def start(
     started.callback(workers.shutdown, wait=True, cancel_futures=True)
     l1 = L1(arena, float(config.lease_seconds))
     tiering = _start_tiers(config, loop, l1, specs, started)
-    service = Service(loop, l1, config.chunk_size, workers, tiering, server_id)
+    records_bytes = int(config.records_mb * 2**20)
+    service = Service(loop, l1, config.chunk_size, workers, tiering, server_id, records_bytes)
     config, http = _open_doors(config, owner, loop, service, started)
     if reload is not None:
         reloading = Reloading(config, reload, http)

@@ -43,18 +43,19 @@ def check_machine(
         ConfigError: a port is taken, a folder cannot be used, or there is too little memory. The text says what to pass.
     """
     if port:
-        _check_port("--host", config.host, "--port", config.port)
+        check_port("--host", config.host, "--port", config.port)
     if http:
-        _check_port("--http-host", config.http_host, "--http-port", config.http_port)
+        check_port("--http-host", config.http_host, "--http-port", config.http_port)
         if config.prometheus_port:
-            _check_port("--http-host", config.http_host, "--prometheus-port", config.prometheus_port)
+            check_port("--http-host", config.http_host, "--prometheus-port", config.prometheus_port)
     _check_arena_dir(config.arena_dir)
     _check_huge_pages(config.arena_dir, config.huge_pages)
     _check_socket_dir(config.socket_dir)
     return _check_l1(config, runtime)
 
 
-def _check_port(host_flag: str, host: str, port_flag: str, port: int) -> None:
+def check_port(host_flag: str, host: str, port_flag: str, port: int) -> None:
+    """Raise ConfigError if nobody can listen there. The flags name host and port in its text."""
     error = _bind_error(host, port)
     if error is None:
         return

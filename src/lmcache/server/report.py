@@ -9,6 +9,7 @@ from itertools import islice
 
 from lmcache import __version__
 from lmcache.cache import KINDS
+from lmcache.cache.records import Blocks, select
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server.history import COUNTERS, GAUGES, History
@@ -96,6 +97,19 @@ class Report:
         """Return the names of a few counters, and their samples of the last hour (`history.History`)."""
         return ["time", *COUNTERS, *GAUGES], self._loop.ask(self._history.samples)
 
+    def requests(
+        self, request: str = "", misses: bool = False, since: float = 0.0, before: int = 0, limit: int = 100
+    ) -> dict[str, object]:
+        """Return the latest records of requests, and what to pass as `before` for those before them (`cache.records.select`)."""
+        accounts = self._service.accounts
+        if not accounts.records.most_bytes:
+            raise ConfigError("the server remembers no requests: start it with --records-mb 64")
+        blocks, totals = self._loop.ask(self._blocks_and_totals)
+        found, rest = select(blocks, request=request, misses=misses, since=since, before=before, limit=limit)
+        copies = self._loop.ask(lambda: accounts.copies_of(one.request for one in found))
+        described = [one.described() | {"copies": copies.get(one.request, {})} for one in found]
+        return {"requests": described, "next": rest, "totals": totals}
+
     def status(self) -> dict[str, object]:
         return self._loop.ask(self._status)
 
@@ -109,6 +123,7 @@ class Report:
             "version": __version__,
             "pid": os.getpid(),
             "server_id": service.sessions.server_id.hex(),
+            "wall_seconds": self._loop.runtime.wall(),
             "uptime_seconds": round(now - service.started, 1),
             "chunk_size": self._config.chunk_size,
             "hash_algorithm": "blake3",
@@ -192,6 +207,7 @@ class Report:
                      "unsent_answers", "unanswered_messages", "news_chunks", "news_overflows", "lent_shards", "lent_bytes",
                      "awaited_pulls"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
+        out |= self._token_counters()
         out["failed_effects_total"] = l1.events.counters["failed_effects"]
         for reason, count in service.sessions.refused.counts.items():
             out[f'refused_engines_total{{reason="{reason}"}}'] = count
@@ -206,6 +222,7 @@ class Report:
         out["loop_errors_total"] = self._loop.errors
         out |= {
             "chunks": l1.chunks,
+            "complete_chunks": sum(space.complete for space in l1.spaces),
             "leases": l1.open_leases,
             "reservations": l1.open_reservations,
             "promised_chunks": len(l1.promises.by_chunk),
@@ -217,4 +234,16 @@ class Report:
             "quarantined_bytes": l1.quarantined_bytes,
             "index_bytes": l1.index_bytes(),
         }
+        return out
+
+    def _blocks_and_totals(self) -> tuple[Blocks, dict[str, float]]:
+        totals = self._token_counters()  # accounts for what waits for that, so it comes first
+        return self._service.accounts.records.blocks(), totals
+
+    def _token_counters(self) -> dict[str, float]:
+        self._loop.settle()
+        accounts = self._service.accounts
+        out: dict[str, float] = {"requested_tokens_total": accounts.requested}
+        out |= {f'lookup_tokens_total{{source="{source}"}}': count for source, count in accounts.found.items()}
+        out |= {f'missed_tokens_total{{reason="{reason}"}}': count for reason, count in accounts.missed.items()}
         return out

@@ -9,10 +9,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
+from lmcache.cache.accounts import Accounts
 from lmcache.cache.heart import MAX_SHARDS
 from lmcache.cache.promises import Asker
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
@@ -46,11 +48,19 @@ class Service:
         workers: Executor,
         tiering: Tiering | None = None,
         server_id: bytes = b"",
+        records_bytes: int = 0,
     ) -> None:
         self.loop, self.l1, self.chunk_tokens, self.tiering = loop, l1, chunk_tokens, tiering
         self.sessions = Sessions(l1, chunk_tokens, loop.now, server_id)
         self.counters: Counter[str] = Counter()
         self._now, self.started = loop.now, loop.now()
+        tiers = [runner.name for runner in tiering.runners] if tiering is not None else []
+        self.accounts = Accounts(
+            l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers, self.sessions.describe
+        )
+        self.sessions.on_gone.append(self.accounts.forget)
+        self._untold: tuple[Peer, m.Lookup, str, bytes, Hit] | None = None
+        """The lookup that is being answered; listeners hear of it when the answer has been sent."""
         self._payload = PayloadCopies(loop, l1, self.sessions, workers, self.counters)
         self._parked = ParkedPulls(loop, l1, self._answer_pull, self.counters)
         self._drop_reasons: set[str] = set()
@@ -94,6 +104,8 @@ class Service:
             answer = (self._answers_to_peers if is_peer else self._answers).get(type(request))
             if answer is not None and peer.process:
                 reply(answer(peer, request), [])
+                if self._untold is not None:
+                    self._account()
             elif isinstance(request, m.Hello):
                 reply(self.sessions.hello(peer, request), [])
             elif not peer.process:
@@ -178,28 +190,62 @@ class Service:
             hashes = self._answerable(peer, request, spaces, first)
         name = m.request_name(request.request)
         asked = peer.process, request.space, hashes, first, name, request.others, request.sisters
-        uncounted = request.again or not request.loads
-        if self.tiering is None:
-            return _found(self.l1.lookup(self._now(), *asked, again=uncounted))
+        again = not request.loads or (request.again and not self.accounts.is_uncounted(peer.process, name))
         hit = None
-        if request.loads and any(self.tiering.sources):
+        if self.tiering is not None and request.loads and any(self.tiering.sources):
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
-                everything = self.l1.lookup(self._now(), *asked, partly=False, again=request.again)
+                everything = self.l1.lookup(self._now(), *asked, partly=False, again=again)
                 hit = everything if 16 * everything.chunks == len(hashes) else None
             if hit is None:
                 asker = Asker(peer.process, name, request.engine, first, request.halts)
                 in_l1, coming = self.tiering.wait_for(asker, spaces, hashes, request.prefill_rate, request.sisters)
                 if coming:
+                    if not again:
+                        where = request.space, coming, "", peer.process, "", name
+                        self.l1.events.tell(Event("waits", *where, hashes=hashes, found=in_l1))
                     return m.Found(in_l1, 0, b"", coming)
         if hit is None:
-            hit = self.l1.lookup(self._now(), *asked, again=uncounted)
-        if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
-            asker = Asker(peer.process, name, request.engine)
-            stored = hashes if request.stores < 0 else hashes[: 16 * request.stores]
-            self.tiering.answered(asker, spaces, stored, hit.chunks, request.prefill_rate)
-        if self.tiering.writes.nearly_full:
-            self.tiering.writes.used(spaces, hashes, hit.chunks)
+            hit = self.l1.lookup(self._now(), *asked, again=again)
+        if not again:
+            self._untold = peer, request, name, hashes, hit
+        if self.tiering is not None:
+            if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
+                asker = Asker(peer.process, name, request.engine)
+                stored = hashes if request.stores < 0 else hashes[: 16 * request.stores]
+                self.tiering.answered(asker, spaces, stored, hit.chunks, request.prefill_rate)
+            if self.tiering.writes.nearly_full:
+                self.tiering.writes.used(spaces, hashes, hit.chunks)
         return _found(hit)
+
+    def _account(self) -> None:
+        """Let listeners hear of the lookup that has just been answered. A hit can wait until the loop is idle; why something is
+        missing has to be found out before it is stored."""
+        assert self._untold is not None
+        told, self._untold = self._untold, None
+        _, _, _, hashes, hit = told
+        if 16 * hit.chunks < len(hashes) or self.accounts.waiting:
+            self._tell(*told)
+        else:
+            self.loop.when_idle(partial(self._tell, *told))
+
+    def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, hit: Hit) -> None:
+        """Tell the listeners of a lookup that has been answered."""
+        which = (
+            "answered",
+            request.space,
+            len(hashes) // 16,
+            "",
+            peer.process,
+            "",
+            name,
+            -1,
+            hashes,
+            b"",
+            -1,
+            (),
+        )
+        told = *which, hit.chunks, max(0, request.first_wanted), request.tokens, request.text, None
+        self.l1.events.tell(Event._make(told))  # faster than a call of the class
 
     def _answerable(self, peer: Peer, request: m.Lookup, spaces: list[int], first: int) -> bytes:
         """Return those of the hashes whose extents fit into one answer, which the peer has room for."""
@@ -229,6 +275,7 @@ class Service:
             self.l1.release(peer.process, lease)
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
+            self.accounts.forget(peer.process, name)
             if self.tiering is not None:
                 self.tiering.fetches.withdraw(self._now(), peer.process, name)
         return m.Ok(len(request.leases))
@@ -263,7 +310,9 @@ class Service:
         return m.Ok(self.l1.commit(self._now(), peer.process, request.reservation, request.ok))
 
     def _copied(self, peer: Peer, request: m.Copied) -> m.Message:
+        name = m.request_name(request.request)
         if not request.ok:
+            self.accounts.copied(name, f"failed_{request.kind}", request.tokens, 0.0, request.shard)
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning(
                 "An engine could not %s %d tokens: see the log of %s", request.kind, request.tokens, peer.who
@@ -271,6 +320,7 @@ class Service:
             return m.Ok()
         if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
             raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
+        self.accounts.copied(name, request.kind, request.tokens, request.seconds, request.shard)
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens
         self.counters[f"{past}_microseconds"] += int(request.seconds * 1e6)

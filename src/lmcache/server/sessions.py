@@ -80,6 +80,7 @@ class Sessions:
         self._l1, self._chunk_tokens = l1, chunk_tokens
         self._participants: dict[Who, int] = {}
         self._next_process = 1
+        self._described: dict[int, tuple[str, str]] = {}
 
     def hello(self, peer: Peer, hello: m.Hello) -> m.Message:
         """Check the version of a hello and let the process join L1. The endpoint has authenticated the peer before."""
@@ -126,6 +127,7 @@ class Sessions:
         self.peers.discard(peer)
         self._participants = {who: number for who, number in self._participants.items() if number != peer.process}
         self._l1.leave(peer.process)
+        self._described.pop(peer.process, None)
         for listener in self.on_gone:
             listener(peer.process)
         peer.process = 0
@@ -149,6 +151,16 @@ class Sessions:
                 f"{peer.held_bytes} bytes for this engine are being copied or are not read yet, and {size} more "
                 f"would exceed {MAX_HELD_BYTES_OF_PEER}: read the answers before asking for more"
             )
+
+    def describe(self, process: int) -> tuple[str, str]:
+        """Return the engine and the model of a process; "" where they are not known."""
+        known = self._described.get(process)
+        if known is None:
+            peer = next((one for one in self.peers if one.process == process), None)
+            known = (peer.instance, str(peer.layout.get("model_id", ""))) if peer is not None else ("", "")
+            if known[1]:
+                self._described[process] = known
+        return known
 
     def _enter(self, who: Who) -> int:
         process = self._participants[who] = self._next_process

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 from lmcache.cache import L1, SERVER, Refusal
 from lmcache.cache.allocator import Space
-from lmcache.cache.fetch import Ask, Fetches
+from lmcache.cache.events import Event
+from lmcache.cache.fetch import Ask, Ended, Fetches
 from lmcache.cache.groups import longest_prefix
 from lmcache.cache.promises import NOTHING, Asker, Coming
-from lmcache.cache.waits import ASK_SECONDS, Load, TierTraits, Wanted
+from lmcache.cache.waits import ASK_SECONDS, FetchRecord, Load, TierTraits, Wanted
 from lmcache.chunks import HASH_BYTES, split_hashes
 from lmcache.errors import ConfigError
 from lmcache.memory.slabs import NO_EXTENT
@@ -333,8 +334,17 @@ class Tiering:
                 self._ask(effect)
             elif isinstance(effect, Load):
                 self._load(effect)
+            elif isinstance(effect, Ended):
+                self._tell(effect.record)
             else:
                 log_decision(effect)
+
+    def _tell(self, fetch: FetchRecord) -> None:
+        requests = next(iter(fetch.requests), "")
+        missing = fetch.asked_chunks - fetch.l1_chunks
+        self._l1.events.tell(
+            Event("fetched", fetch.space, missing, fetch.outcome, SERVER, request=requests, fetch=fetch)
+        )
 
     def _ask(self, ask: Ask) -> None:
         runner, space = self.runners[ask.tier], self._l1.space(ask.space)

@@ -120,12 +120,18 @@ class Lookup(Message, frozen=True, tag=4):
     halts: bool = False
     """Whether the engine computes nothing while it waits for what is `loading`."""
     again: bool = False
-    """Whether the request, which still waits, has had an answer before. Hits and misses count the first one only."""
+    """Whether the request, which still waits, has had an answer before. Hits and misses count once, for the first answer that
+    does not say to ask again."""
     loads: bool = True
     """False: the engine loads nothing, and only says what it will compute and store. It names itself and wants no chunk
     (`first_wanted` is the number of hashes), and nothing is counted as a hit or a miss."""
     stores: int = -1
     """How many of the first chunks the engine will store if it does not find them; -1 for all."""
+    tokens: int = 0
+    """Tokens of the prompt, with those of its end that fill no chunk; 0 if the engine does not tell. With no hashes at all the
+    prompt is shorter than a chunk, and the message only reports it."""
+    text: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    """A hash of the first chunk's tokens alone, so that the server can tell a new prompt from one of another model or salt."""
 
 
 class Release(Message, frozen=True, tag=5):
@@ -163,6 +169,8 @@ class Copied(Message, frozen=True, tag=8):
     seconds: float
     shard: int
     ok: bool = True
+    request: str = ""
+    """The engine's own id of the request as `request_name` gives it, for the record of the request."""
 
 
 class Fetch(Message, frozen=True, tag=9):
