@@ -20,6 +20,7 @@ FLOORS = {
     "engine": 7,
     "transfer": 6,
     "wire": 5,
+    "sizing": 5,
     "cache": 4,
     "tiers": 3,
     "testing": 4,

@@ -219,6 +219,8 @@ class Slabs:
         of the hole when the rest would be too small for another region of standard size.
         """
         own = self._space(space)
+        if not self._holes:
+            return None
         extents = max(1, self._region_sectors // own.extent_sectors)
         sector, sectors = 0, own.extent_sectors - 1
         for start, end in self._holes:

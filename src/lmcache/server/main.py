@@ -147,6 +147,8 @@ def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: 
     l1 = L1(arena, float(config.lease_seconds))
     tiering = _start_tiers(config, loop, l1, specs, started)
     service = Service(loop, l1, config.chunk_size, workers, tiering)
+    if config.record_trace is not None:
+        _record(config, service, started)
     config = _open_doors(config, owner, loop, service, started)
     arena.start_prefault()
     logger.info(
@@ -162,6 +164,17 @@ def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: 
     if owner is None or owner.http:
         logger.info("Health, status and metrics: %s", config.http_url)
     return loop
+
+
+def _record(config: ServerConfig, service: Service, started: ExitStack) -> None:
+    from lmcache.server.recording import Recording  # imported late, since most servers record nothing
+
+    assert config.record_trace is not None
+    server, most_bytes = service.sessions.server_id.hex(), config.record_trace_mb << 20
+    service.recording = Recording(
+        service.loop, service.l1, config.record_trace, most_bytes, config.chunk_size, server, service.model_of
+    )
+    started.callback(service.recording.close)
 
 
 def _end_with(owner: Owner, loop: Loop) -> None:

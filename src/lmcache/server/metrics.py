@@ -50,6 +50,8 @@ HELP: dict[str, str] = {
     "arena_used_bytes": "Bytes of the arena that hold chunks.",
     "quarantined_bytes": "Bytes of extents that are not reused until a dead or slow engine, or a tier, can no longer touch them.",
     "index_bytes": "Memory of the index of chunks.",
+    "trace_recorded_events_total": "Lookups and stores that have been written to the trace (--record-trace).",
+    "trace_lost_events_total": "Lookups and stores that are missing from the trace, since the disk was full or too slow.",
     "fetches_total": "Lookups whose missing chunks were looked for in the tiers, or awaited from other engines.",
     "fetches_by_end_total": "Those of them that ended without all chunks, by reason: absent, not worth it, late ...",
     "fetches_open": "Lookups that wait for tiers or other engines now.",

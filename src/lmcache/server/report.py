@@ -173,6 +173,9 @@ class Report:
             kind, _, reason = name.partition(":")
             if reason:
                 out[f'{kind}_chunks_total{{reason="{reason}"}}'] = value
+        if service.recording is not None:
+            out["trace_recorded_events_total"] = service.recording.recorded
+            out["trace_lost_events_total"] = service.recording.lost
         if service.tiering is not None:
             out |= service.tiering.report.counters()
         out["loop_errors_total"] = self._loop.errors

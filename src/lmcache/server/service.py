@@ -24,6 +24,7 @@ from lmcache.server.sessions import Peer, Sessions
 from lmcache.wire import messages as m
 
 if TYPE_CHECKING:
+    from lmcache.server.recording import Recording
     from lmcache.server.tiering import Tiering
 
 logger = init_logger(__name__)
@@ -42,6 +43,7 @@ class Service:
         self.loop, self.l1, self.chunk_tokens, self.tiering = loop, l1, chunk_tokens, tiering
         self.sessions = Sessions(l1, chunk_tokens, loop.now)
         self.counters: Counter[str] = Counter()
+        self.recording: Recording | None = None
         self._now, self.started = loop.now, loop.now()
         self._payload = PayloadCopies(loop, l1, self.sessions, workers)
         self._drop_reasons: set[str] = set()
@@ -65,6 +67,10 @@ class Service:
         if tiering is not None:
             fetches = tiering.fetches
             self.sessions.on_gone.append(lambda process: fetches.leave(loop.now(), process))
+
+    def model_of(self, space: int) -> str:
+        """Return the name of the model whose KV the space holds, "" if no engine uses it now."""
+        return next((one.spaces[space] for one in self.sessions.peers if space in one.spaces), "")
 
     # Requests
 
@@ -120,6 +126,7 @@ class Service:
             raise
         if not peer.layout:
             logger.info("Engine process connected: %s, over %s", peer.who, peer.endpoint)
+        peer.spaces[space] = layout.model_id
         peer.layout = {
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,
