@@ -239,9 +239,9 @@ def test_recording_drops_what_it_cannot_write_and_says_so(
     path = tmp_path / "trace"
     recording = Recording(loop, heart, path, 1 << 20, 16, "id", lambda number: "a model")
     try:
-        monkeypatch.setattr("lmcache.server.recording.QUEUE_BYTES", 1000)
+        monkeypatch.setattr("lmcache.server.aside.QUEUE_BYTES", 1000)
         with monkeypatch.context() as broken:
-            broken.setattr(recording, "_write", lambda: gate.wait(60))
+            broken.setattr(recording._aside, "_batch", lambda: gate.wait(60))
             for _ in range(5):
                 heart.lookup(0.0, 1, space, random.randbytes(16 * 20))
             assert recording.lost == 4

@@ -147,8 +147,7 @@ def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: 
     l1 = L1(arena, float(config.lease_seconds))
     tiering = _start_tiers(config, loop, l1, specs, started)
     service = Service(loop, l1, config.chunk_size, workers, tiering)
-    if config.record_trace is not None:
-        _record(config, service, started)
+    _observe(config, service, bool(specs), started)
     config = _open_doors(config, owner, loop, service, started)
     arena.start_prefault()
     logger.info(
@@ -166,10 +165,17 @@ def start(config: ServerConfig, owner: Owner | None, runtime: Runtime, started: 
     return loop
 
 
-def _record(config: ServerConfig, service: Service, started: ExitStack) -> None:
+def _observe(config: ServerConfig, service: Service, tiers: bool, started: ExitStack) -> None:
+    """Begin what listens to lookups for `lmcache predict` and `lmcache replay`."""
+    if config.predict == "on":
+        from lmcache.server.predicting import Predicting
+
+        service.predicting = Predicting(service.loop, service.l1, config.chunk_size, tiers)
+        started.callback(service.predicting.close)
+    if config.record_trace is None:
+        return
     from lmcache.server.recording import Recording  # imported late, since most servers record nothing
 
-    assert config.record_trace is not None
     server, most_bytes = service.sessions.server_id.hex(), config.record_trace_mb << 20
     service.recording = Recording(
         service.loop, service.l1, config.record_trace, most_bytes, config.chunk_size, server, service.model_of

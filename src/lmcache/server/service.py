@@ -24,6 +24,7 @@ from lmcache.server.sessions import Peer, Sessions
 from lmcache.wire import messages as m
 
 if TYPE_CHECKING:
+    from lmcache.server.predicting import Predicting
     from lmcache.server.recording import Recording
     from lmcache.server.tiering import Tiering
 
@@ -44,6 +45,7 @@ class Service:
         self.sessions = Sessions(l1, chunk_tokens, loop.now)
         self.counters: Counter[str] = Counter()
         self.recording: Recording | None = None
+        self.predicting: Predicting | None = None
         self._now, self.started = loop.now, loop.now()
         self._payload = PayloadCopies(loop, l1, self.sessions, workers)
         self._drop_reasons: set[str] = set()
