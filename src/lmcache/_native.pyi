@@ -158,8 +158,8 @@ class Sample:
     def counts(self) -> tuple[list[float], list[float], list[list[float]]]:
         """Return (whole, seen, hit).
 
-        whole: [chunks asked for, those of them that the server had, those that were new (estimated), rate of sampling, chunks
-        in the sample]. The sample has disjoint parts, chosen by hash. seen: chunks asked for, by part. hit: for each part, the chunks
-        that each size would have found. A sampled chunk counts 1 / rate in these.
+        whole: [chunks asked for, those of them that the server had, those that were new (estimated), rate of sampling,
+        chunks in the sample]. The sample has disjoint parts, chosen by hash. seen: chunks asked for, by part. hit: for each part,
+        the chunks that each size would have found. A sampled chunk counts 1 / rate in these.
         """
     def memory_bytes(self) -> int: ...

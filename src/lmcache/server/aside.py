@@ -34,8 +34,8 @@ class Aside:
         after: Callable[[], None],
         close: Callable[[], None] = lambda: None,
     ) -> None:
-        self._runtime, self._handle, self._after, self._close = runtime, handle, after, close
-        self._queue: deque[tuple[float, Event]] = deque()
+        self._runtime, self._now, self._handle, self._after, self._close = runtime, runtime.now, handle, after, close
+        self._queue: deque[tuple[float, int, Event]] = deque()
         self._queued_bytes = self._taken_bytes = 0
         """Counted by the loop, and by the thread: the difference waits."""
         self.lost = 0
@@ -49,12 +49,12 @@ class Aside:
             return
         if event.kind == "stored" and event.tier:
             return  # a lookup follows, which finds what the tier has delivered
-        size = _size_of(event)
+        size = _EVENT_BYTES + len(event.prompt) + len(event.hashes) + len(event.parents)
         if self._queued_bytes - self._taken_bytes + size > QUEUE_BYTES:
             self.lost += 1
             return
         self._queued_bytes += size
-        self._queue.append((self._runtime.now(), event))
+        self._queue.append((self._now(), size, event))
 
     def _run(self) -> None:
         while not self._stop.wait(_STEP_SECONDS):
@@ -64,8 +64,8 @@ class Aside:
 
     def _batch(self) -> None:
         for _ in range(len(self._queue)):
-            now, event = self._queue.popleft()
-            self._taken_bytes += _size_of(event)
+            now, size, event = self._queue.popleft()
+            self._taken_bytes += size
             self._handle(now, event)
             self._runtime.sleep(0.0)  # lets the loop have Python's lock, which it would else wait for up to 5 ms
         self._after()
@@ -74,10 +74,6 @@ class Aside:
         """Handle what is queued, and end the thread."""
         self._stop.set()
         self._thread.join(_END_SECONDS)
-
-
-def _size_of(event: Event) -> int:
-    return _EVENT_BYTES + len(event.prompt) + len(event.hashes) + len(event.parents)
 
 
 def found_by(event: Event) -> int:

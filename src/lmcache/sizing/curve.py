@@ -1,7 +1,7 @@
 """The live miss-ratio curve: which share of the tokens that lookups ask for would other sizes of L1 find, under LRU?
 
 A sample of the chunks (`native/sample.c`) is kept in order of use, with their stack distances. Under LRU the heart touches the
-end of a prompt before its beginning. So if a chunk is found, those before it are found, too, and each chunk can be judged by itself.
+end of a prompt before its beginning. So if a chunk is found, those before it are found, too, and each one can be judged alone.
 
 Of the few chunks that very many prompts share, the sample has too many or too few. These are found with any of the sizes. So what
 the server has really found stands for the present size, and the sample for the differences only. A server with tiers finds more
