@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lmcache import __version__
-from lmcache.cli import bench, clear, describe, ping, predict, replay, server, settings
+from lmcache.cli import bench, clear, describe, ping, predict, replay, server, settings, size
 from lmcache.config.given import nearest
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.observability.log import printable
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
     parser = Parser("lmcache", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"lmcache {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    for module in (server, ping, describe, clear, settings, bench, replay, predict):
+    for module in (server, ping, describe, clear, settings, bench, replay, predict, size):
         module.add_verb(verbs)
     return parser
 
