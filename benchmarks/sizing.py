@@ -28,6 +28,8 @@ from lmcache.sizing.trace import Lookup
 PROMPT_CHUNKS = 512
 KNOWN = {1000: 0.0454, 5000: 0.1140, 10000: 0.2157, 20000: 0.2935}
 """Token hit ratios of LRU on the conversation trace, by blocks, of another simulator."""
+SIZES = (5000, 20000)
+SALTS = 6
 
 
 def least(call: Callable[[], object], count: int) -> float:
@@ -88,27 +90,30 @@ def sampling() -> dict[str, Any]:
 def truth(path: Path) -> dict[str, Any]:
     """Replays of the trace, their speed, and the estimate beside them."""
     records = list(Trace([path]))
-    ratios, found = dict[int, float](), dict[str, Any]()
-    sizes = sorted({int(l1 * factor) for l1 in (2000, 5000, 10000, 20000) for factor in FACTORS} | {*KNOWN})
-    for blocks in sizes:
+    prompts = [one.hashes for one in records if isinstance(one, Lookup)]
+    ratios, founds, found = dict[int, float](), dict[int, list[int]](), dict[str, Any]()
+    for blocks in sorted({int(l1 * factor) for l1 in SIZES for factor in FACTORS} | {*KNOWN}):
         one, begin = Simulation("LRU", Capacity(blocks)), time.process_time()
+        found_of: list[int] = []
+        if blocks in SIZES:
+            one.heart.events.listen(["hit", "missed"], lambda event, found_of=found_of: _note(found_of, event))  # type: ignore[misc]
         replay(records, [one], lambda requests: None)
+        spent = time.process_time() - begin
         result: Any = SimpleNamespace(**one.result())
-        ratios[blocks] = result.block_hit_ratio
+        ratios[blocks], founds[blocks] = result.block_hit_ratio, found_of
         if blocks in KNOWN:
-            found[f"{blocks} blocks"] = {
-                "token_hit_ratio": result.token_hit_ratio,
-                "known": KNOWN[blocks],
-                "requests_a_minute": round(result.requests / (time.process_time() - begin) * 60),
-            }
-    for l1 in (2000, 5000, 10000, 20000):
+            rate = round(result.requests / spent * 60)
+            row = {"token_hit_ratio": result.token_hit_ratio, "known": KNOWN[blocks], "requests_a_cpu_minute": rate}
+            found[f"{blocks} blocks"] = row
+    for l1 in SIZES:
         for by_found in (True, False):
             worst, outside = 0.0, 0
-            for salt in range(5):
-                curve, heart = Curve(l1 * 4096, by_found), Simulation("LRU", Capacity(l1))
-                heart.heart.events.listen(["hit", "missed"], lambda event, curve=curve: _note(curve, event))  # type: ignore[misc]
-                for one in records:
-                    heart.play(one._replace(hashes=_salted(one.hashes, salt)) if isinstance(one, Lookup) else one)
+            for salt in range(SALTS):
+                curve = Curve(l1 * 4096, by_found)
+                for hashes, count in zip(prompts, founds[l1], strict=True):
+                    salted = _salted(hashes, salt)
+                    curve.looked_up(salted, count, 4096)
+                    curve.stored(salted, 4096)
                 estimate = curve.estimate()
                 assert estimate is not None
                 for factor, point in zip(FACTORS, estimate.sizes, strict=True):
@@ -116,14 +121,14 @@ def truth(path: Path) -> dict[str, Any]:
                     worst = max(worst, abs(point.ratio - true))
                     outside += not point.low - 1e-6 <= true <= point.high + 1e-6
             name = f"estimate from {l1} blocks, " + ("no tiers" if by_found else "tiers")
-            found[name] = {"worst_error": round(worst, 4), "outside_the_interval": f"{outside} of {5 * len(FACTORS)}"}
+            row = {"worst_error": round(worst, 4), "outside_the_interval": f"{outside} of {SALTS * len(FACTORS)}"}
+            found[name] = row
     return found
 
 
-def _note(curve: Curve, event: Event) -> None:
+def _note(found: list[int], event: Event) -> None:
     if event.kind == "hit" or len(event.hashes) == len(event.prompt):
-        curve.looked_up(event.prompt, event.chunks if event.kind == "hit" else 0, 4096)
-        curve.stored(event.prompt, 4096)
+        found.append(event.chunks if event.kind == "hit" else 0)
 
 
 def _salted(hashes: bytes, salt: int) -> bytes:

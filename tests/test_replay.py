@@ -177,6 +177,7 @@ def test_wrong_flags_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         capsys, str(path), "--eviction-policy", "FIFO", "--capacity-blocks", "1"
     )
     assert "--capacity-blocks x: must be whole" in refused(capsys, str(path), "--capacity-blocks", "x")
+    assert "pass one of the two" in refused(capsys, str(path), "--l1-size-gb", "1", "--capacity-blocks", "1")
     assert "pass --bytes-per-token" in refused(capsys, str(path), "--l1-size-gb", "1")
     assert "No such file" in refused(capsys, str(tmp_path / "none"), "--capacity-blocks", "1")
     assert "L1 has 0.1 MiB" in refused(capsys, str(path), "--l1-size-gb", "0.0001", "--bytes-per-token", "1000")
@@ -259,3 +260,17 @@ def test_recording_drops_what_it_cannot_write_and_says_so(
         loop.close()
     (opened,) = {one for one in Trace([path]) if isinstance(one, Opened)}
     assert opened == Opened(0, "a model", 16, 4096)
+
+
+def test_a_plot_needs_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, drawn = tmp_path / "trace", tmp_path / "curve.svg"
+    path.write_text(MOONCAKE)
+    words = ["--capacity-blocks", "1,2", "--plot", str(drawn)]
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "matplotlib", None)
+        assert "pip install 'lmcache[plot]'" in refused(capsys, str(path), *words)
+    pytest.importorskip("matplotlib")
+    replayed(capsys, str(path), *words)
+    assert b"<svg" in drawn.read_bytes()

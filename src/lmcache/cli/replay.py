@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     capacities = [Capacity(blocks=one) for one in _whole("--capacity-blocks", arguments.capacity_blocks)]
     per_token = _whole("--bytes-per-token", arguments.bytes_per_token, least=0)[0]
     capacities += [Capacity(0, one, per_token) for one in _sizes(arguments.l1_size_gb)]
+    if arguments.capacity_blocks and arguments.l1_size_gb:
+        raise ConfigError("--capacity-blocks and --l1-size-gb: pass one of the two")
     if not capacities:
         raise ConfigError("--capacity-blocks or --l1-size-gb: pass the sizes to try, such as --l1-size-gb 20,40,80")
     if arguments.plot:

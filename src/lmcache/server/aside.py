@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from lmcache.cache import Event
 from lmcache.cache.allocator import Space
 from lmcache.chunks import HASH_BYTES
+from lmcache.observability.log import init_logger
 from lmcache.runtime import Runtime
 
+logger = init_logger(__name__)
 QUEUE_BYTES = 16 << 20
 """Bytes of hashes that may wait. What comes then is lost, and counted."""
 _EVENT_BYTES = 256
@@ -22,8 +25,8 @@ _END_SECONDS = 5.0
 class Aside:
     """A queue and its thread.
 
-    name: of the thread. handle: takes one event with its time. after: called after each batch. close: called last. None of
-    them may raise.
+    name: of the thread. handle: takes one event with its time. after: called after each batch. close: called last. An event whose
+    handling raises is lost.
     """
 
     def __init__(
@@ -39,7 +42,8 @@ class Aside:
         self._queued_bytes = self._taken_bytes = 0
         """Counted by the loop, and by the thread: the difference waits."""
         self.lost = 0
-        """Events that found the queue full."""
+        """Events that found the queue full, or could not be handled."""
+        self._failed = False
         self._stop = runtime.event()
         self._thread = runtime.start(self._run, name)
 
@@ -66,9 +70,17 @@ class Aside:
         for _ in range(len(self._queue)):
             now, size, event = self._queue.popleft()
             self._taken_bytes += size
-            self._handle(now, event)
+            self._guarded(partial(self._handle, now, event))
             self._runtime.sleep(0.0)  # lets the loop have Python's lock, which it would else wait for up to 5 ms
-        self._after()
+        self._guarded(self._after)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:  # a bug, which must not end the thread: the queue would stay full
+            if not self._failed:
+                logger.exception("Events of L1 could not be handled; the server goes on, and only counts more of them")
+            self._failed, self.lost = True, self.lost + 1
 
     def close(self) -> None:
         """Handle what is queued, and end the thread."""
