@@ -92,7 +92,7 @@ def test_a_replay_counts_what_the_recorded_server_has_counted(
 
 def test_traces_of_others_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same five requests in each format: the second finds two blocks of the first, the fourth all of the third."""
-    asked = [[1, 2, 3], [1, 2, 9], [5], [5], [7, 8]]
+    asked = [[1, 2, 3], [1, 2, 1 << 70], [5], [5], [7, -8]]
     files = {
         "mooncake": [
             {"timestamp": 100 * at, "input_length": 512 * len(ids), "output_length": 5, "hash_ids": ids}
@@ -142,7 +142,6 @@ BAD = {
     ),
     "cut off": (MOONCAKE + MOONCAKE[:40], "line 2: "),
     "missing": (MOONCAKE + '{"timestamp": 1}\n', "line 2: Object missing required field `hash_ids`"),
-    "negative": (MOONCAKE.replace("[1, 2]", "[-1, 2]"), "write it as a string"),
     "other": ('{"requests": []}\n', "line 1: this is no trace that replay knows"),
     "text": ("hello\n", "line 1: 'hello' is no time"),
     "zipped": (b"\x1f\x8b\x08", "line 1: this is compressed: unpack it first"),
