@@ -22,6 +22,7 @@ FLOORS = {
     "engine": 7,
     "transfer": 6,
     "wire": 5,
+    "sizing": 5,
     "cache": 4,
     "tiers": 3,
     "testing": 4,
@@ -39,7 +40,7 @@ FLOORS = {
 stand where integrations do."""
 BESIDE = {("cli", "bench"), ("config", "errors"), ("observability", "errors")}
 """On the same floor, and allowed in this direction only."""
-NATIVE_USERS = {"transfer", "cache", "tiers", "wire"}
+NATIVE_USERS = {"transfer", "cache", "tiers", "wire", "sizing"}
 """Of `compiled`, which alone imports `_native`."""
 REAL_TIME = {
     "lmcache.runtime": ("time Thread", "it is the clock"),

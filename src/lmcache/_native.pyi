@@ -3,6 +3,8 @@
 Addresses are of memory that the caller keeps alive while the call runs.
 """
 
+from collections.abc import Sequence
+
 from lmcache.memory.order import Policy
 
 layouts: dict[str, list[tuple[str, int]]]
@@ -138,3 +140,26 @@ class Table:
         """Return the number of attached records."""
     def memory_bytes(self) -> int:
         """Return the memory of the table and its policy."""
+
+class Sample:
+    """A sample of the chunks that lookups use, and what LRU would find with other sizes of memory. `native/sample.c` explains it.
+
+    most: chunks in the sample. sizes: bytes of the memories, ascending, at most 16 of them. Hashes have 16 bytes each.
+    Only one thread may use a sample.
+    """
+
+    def __init__(self, most: int, sizes: Sequence[float], /) -> None: ...
+    def looked_up(self, hashes: bytes, found: int, chunk_bytes: float, /) -> None:
+        """Count a lookup of a prompt's chunks, of which the server has the first `found`."""
+    def stored(self, hashes: bytes, chunk_bytes: float, /) -> None:
+        """Note that the chunks have become complete."""
+    def clear(self) -> None:
+        """Note that the memory is empty. The counts go on."""
+    def counts(self) -> tuple[list[float], list[float], list[list[float]]]:
+        """Return (whole, seen, hit).
+
+        whole: [chunks asked for, those of them that the server had, those that were new (estimated), rate of sampling,
+        chunks in the sample]. The sample has disjoint parts, chosen by hash. seen: chunks asked for, by part. hit: for each part,
+        the chunks that each size would have found. A sampled chunk counts 1 / rate in these.
+        """
+    def memory_bytes(self) -> int: ...

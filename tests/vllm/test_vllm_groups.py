@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from vllm_processes import PYTHON, Engine, Server, environment
 
+from lmcache.sizing.model_kv import kinds_of
 from prompts import assert_same, differs, tokens
 from real_engines import ROOT
 
@@ -128,6 +129,15 @@ def test_warm_answers_are_cold_ones(serving: Serving) -> None:
     together = serving.warm()
     serving.same(together, cold)
     assert [serving.engine.text().count(line) for line in ("Traceback", "LMCache serves nothing")] == [0, 0]
+
+
+def test_a_chunk_has_the_size_that_the_configuration_tells(serving: Serving) -> None:
+    """`lmcache size` counts what the engine has registered: vLLM may make several groups of the layers of a kind, all alike."""
+    config = json.loads((serving.path / "config.json").read_text())
+    told = kinds_of(config, serving.options()["dtype"])
+    spaces = serving.server.status()["index"]["spaces"]
+    registered = [sum(one["shard_bytes"]) for one in spaces]
+    assert sum(kind.kept_bytes(CHUNK) for kind in told) == sum(registered)
 
 
 def test_many_requests_in_little_space(serving: Serving) -> None:

@@ -144,7 +144,7 @@ class Allocator:
             sector = self.slabs.alloc(own)
             if sector is not None:
                 return sector
-            if self.slabs.grow(own) is not None or self._take_fairly(own):
+            if self.slabs.grow(own) is not None or (own not in self._settled and self._take_fairly(own)):
                 continue
             victim = _victim(space)
             if victim >= 0:
@@ -176,8 +176,6 @@ class Allocator:
     # Sharing
 
     def _take_fairly(self, own: int) -> bool:
-        if own in self._settled:
-            return False
         taken = self._take(own, self._holding(own, self.slabs.region_bytes(own), taking=True), more_than=True)
         if not taken:
             self._settled.add(own)

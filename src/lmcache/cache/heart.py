@@ -26,7 +26,7 @@ from lmcache.cache.claims import SERVER, AnyClaim, Held, Instance, Lease, Refusa
 from lmcache.cache.events import NOBODY, By, Event
 from lmcache.cache.filling import Filling
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
-from lmcache.cache.index import MAX_SISTERS, names_of, of_last, of_records, pack_ids
+from lmcache.cache.index import MAX_SISTERS, names_of, of_lookup, of_records, pack_ids
 from lmcache.cache.table import Table
 from lmcache.chunks import HASH_BYTES, Split, split_hashes
 
@@ -208,7 +208,7 @@ class Heart(Filling):
         reason = self._claims.why_no_lease(instance)
         if reason:
             if partly and not again:
-                self.events.emit("missed", space_number, asked, reason, by, lambda event: event._replace(hashes=hashes))
+                self.events.emit("missed", space_number, asked, reason, by, lambda event: of_lookup(event, hashes, 0))
             return Hit(0, 0, b"")
         found: Found | bytes
         spaces: Sequence[Space] = (space,)
@@ -229,15 +229,13 @@ class Heart(Filling):
             hit = self._lease(now, by, instance, spaces, chunks, found, first_wanted)
         if missed and not again:
             reason = self._why_missed(spaces, hashes, chunks)
-            self.events.emit("missed", space_number, missed, reason, by, lambda event: of_last(event, hashes))
+            self.events.emit("missed", space_number, missed, reason, by, lambda event: of_lookup(event, hashes, chunks))
         return hit
 
     def _count_hit(self, by: By, spaces: Sequence[Space], hashes: bytes, chunks: int, found: Found | bytes) -> None:
         """Count the chunks that can be used, which are the first ones of `hashes`, and those of them that sisters have."""
-        self.events.emit(
-            "hit", spaces[0].number, chunks, "", by,
-            lambda event: event._replace(hashes=hashes[: chunks * HASH_BYTES]),
-        )  # fmt: skip
+        detail = partial(of_lookup, prompt=hashes, first=0)
+        self.events.emit("hit", spaces[0].number, chunks, "", by, detail)
         for group, parts in enumerate(() if isinstance(found, bytes) else found):
             for part in parts:
                 if part.space is not spaces[group]:

@@ -9,7 +9,22 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lmcache import __version__
-from lmcache.cli import bench, clear, describe, doctor, kvcache, ping, proxy, server, settings, status, why
+from lmcache.cli import (
+    bench,
+    clear,
+    describe,
+    doctor,
+    kvcache,
+    ping,
+    predict,
+    proxy,
+    replay,
+    server,
+    settings,
+    size,
+    status,
+    why,
+)  # fmt: skip
 from lmcache.config.given import nearest
 from lmcache.errors import ConfigError, LMCacheError
 from lmcache.observability.log import printable
@@ -43,7 +58,8 @@ def build_parser() -> Parser:
     parser = Parser("lmcache", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"lmcache {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    for module in (server, status, ping, describe, why, doctor, clear, settings, bench, proxy, kvcache):
+    modules = server, status, ping, describe, why, doctor, predict, replay, size, clear, settings, bench, proxy, kvcache
+    for module in modules:
         module.add_verb(verbs)
     return parser
 

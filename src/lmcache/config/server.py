@@ -75,6 +75,18 @@ class ServerConfig:
         *("N", read.integer(1, 256), 2),
         help="I/O threads for engines on other hosts. Engines on this host copy by themselves; tiers have their own threads.",
     )
+    predict: str = _cache(
+        *("WHEN", read.word("on", "off"), "on"),
+        help="on: estimate what other sizes of L1 would find, from a sample of the lookups (`lmcache predict`).",
+    )
+    record_trace: Path | None = _cache(
+        *("FILE", read.path, None),
+        help="Write the chunk hashes of all lookups and stores, without tokens, to FILE (0600) for `lmcache replay`.",
+    )
+    record_trace_mb: int = _cache(
+        *("MB", read.integer(1, 1 << 20), 1000),
+        help="The most that the trace takes, in MiB: FILE and FILE.1, the part before it, have half of it each.",
+    )
 
     peers: tuple[str, ...] = _tiers(
         *("HOST:PORT,...", read.peers, ()),

@@ -32,23 +32,20 @@ _WASTE = 0.03
 class Region:
     """Adjacent extents of one space, in sectors [first_sector, end_sector). Only `Slabs` changes it; others may read it."""
 
-    __slots__ = ("_hint", "_taken", "extent_sectors", "extents", "first_sector", "space", "used")
+    __slots__ = ("_hint", "_taken", "end_sector", "extent_sectors", "extents", "first_sector", "space", "used")
 
     def __init__(self, space: int, first_sector: int, extent_sectors: int, extents: int) -> None:
         self.space = space
         self.first_sector = first_sector
         self.extent_sectors = extent_sectors
         self.extents = extents
+        self.end_sector = first_sector + extents * extent_sectors
         self.used = 0  # extents that are allocated
         self._taken = bytearray()  # one byte for each extent that was ever allocated: 1 allocated, 0 free again
         self._hint = 0  # no extent before this one is free
 
     def __repr__(self) -> str:
         return f"Region(space={self.space}, sectors={self.first_sector}..{self.end_sector}, used={self.used}/{self.extents})"
-
-    @property
-    def end_sector(self) -> int:
-        return self.first_sector + self.extents * self.extent_sectors
 
     @property
     def bytes(self) -> int:
@@ -219,6 +216,8 @@ class Slabs:
         of the hole when the rest would be too small for another region of standard size.
         """
         own = self._space(space)
+        if not self._holes:
+            return None
         extents = max(1, self._region_sectors // own.extent_sectors)
         sector, sectors = 0, own.extent_sectors - 1
         for start, end in self._holes:

@@ -68,4 +68,7 @@ extern PyMethodDef lmcache_frames_methods[];
 /* table.c: adds the `Table` type to the module. Returns 0, or -1 with a Python error set. */
 int lmcache_add_table(PyObject *module);
 
+/* sample.c: adds the `Sample` type to the module. Returns 0, or -1 with a Python error set. */
+int lmcache_add_sample(PyObject *module);
+
 #endif

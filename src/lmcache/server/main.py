@@ -175,6 +175,7 @@ def start(
     tiering = _start_tiers(config, loop, l1, specs, started)
     records_bytes = int(config.records_mb * 2**20)
     service = Service(loop, l1, config.chunk_size, workers, tiering, server_id, records_bytes)
+    _observe(config, service, bool(specs), started)
     config, http = _open_doors(config, owner, loop, service, started)
     if reload is not None:
         reloading = Reloading(config, reload, http)
@@ -193,6 +194,24 @@ def start(
     if owner is None or owner.http:
         logger.info("Health, status and metrics: %s", config.http_url)
     return loop
+
+
+def _observe(config: ServerConfig, service: Service, tiers: bool, started: ExitStack) -> None:
+    """Begin what listens to lookups for `lmcache predict` and `lmcache replay`."""
+    if config.predict == "on":
+        from lmcache.server.predicting import Predicting
+
+        service.predicting = Predicting(service.loop, service.l1, config.chunk_size, tiers)
+        started.callback(service.predicting.close)
+    if config.record_trace is None:
+        return
+    from lmcache.server.recording import Recording  # imported late, since most servers record nothing
+
+    server, most_bytes = service.sessions.server_id.hex(), config.record_trace_mb << 20
+    service.recording = Recording(
+        service.loop, service.l1, config.record_trace, most_bytes, config.chunk_size, server, service.model_of
+    )
+    started.callback(service.recording.close)
 
 
 def _end_with(owner: Owner, loop: Loop) -> None:

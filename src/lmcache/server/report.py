@@ -184,6 +184,7 @@ class Report:
             "refused_engines": service.sessions.refused.status(),
             "tiers": service.tiering.report.status() if service.tiering is not None else [],
             "fetches": self._last_fetches(),
+            "prediction": service.predicting.status() if service.predicting is not None else None,
             "counters": self._counters(),
         }
 
@@ -217,6 +218,11 @@ class Report:
             kind, _, reason = name.partition(":")
             if reason:
                 out[f'{kind}_chunks_total{{reason="{reason}"}}'] = value
+        if service.recording is not None:
+            out["trace_recorded_events_total"] = service.recording.recorded
+            out["trace_lost_events_total"] = service.recording.lost
+        if service.predicting is not None:
+            out |= service.predicting.counters()
         if service.tiering is not None:
             out |= service.tiering.report.counters()
         out["loop_errors_total"] = self._loop.errors

@@ -28,6 +28,8 @@ from lmcache.server.sessions import Peer, Sessions
 from lmcache.wire import messages as m
 
 if TYPE_CHECKING:
+    from lmcache.server.predicting import Predicting
+    from lmcache.server.recording import Recording
     from lmcache.server.tiering import Tiering
 
 logger = init_logger(__name__)
@@ -53,6 +55,8 @@ class Service:
         self.loop, self.l1, self.chunk_tokens, self.tiering = loop, l1, chunk_tokens, tiering
         self.sessions = Sessions(l1, chunk_tokens, loop.now, server_id)
         self.counters: Counter[str] = Counter()
+        self.recording: Recording | None = None
+        self.predicting: Predicting | None = None
         self._now, self.started = loop.now, loop.now()
         tiers = [runner.name for runner in tiering.runners] if tiering is not None else []
         self.accounts = Accounts(
@@ -94,6 +98,10 @@ class Service:
             fetches = tiering.fetches
             self.sessions.on_gone.append(lambda process: fetches.leave(loop.now(), process))
             tiering.on_clear.append(self.followers.tier_cleared)
+
+    def model_of(self, space: int) -> str:
+        """Return the name of the model whose KV the space holds, "" if no engine uses it now."""
+        return next((one.spaces[space] for one in self.sessions.peers if space in one.spaces), "")
 
     # Requests
 
@@ -164,6 +172,7 @@ class Service:
             raise
         if not peer.layout:
             logger.info("Engine process connected: %s, over %s", peer.who, peer.endpoint)
+        peer.spaces[space] = layout.model_id
         peer.layout = {
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,
@@ -243,6 +252,7 @@ class Service:
             b"",
             -1,
             (),
+            b"",
         )
         told = *which, hit.chunks, max(0, request.first_wanted), request.tokens, request.text, None
         self.l1.events.tell(Event._make(told))  # faster than a call of the class

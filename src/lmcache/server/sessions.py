@@ -48,6 +48,8 @@ class Peer:
     """When its hello was accepted, in seconds of the loop's clock."""
     layout: dict[str, object] = field(default_factory=dict)
     """The registered layout, for /status; empty until the peer registers its KV."""
+    spaces: dict[int, str] = field(default_factory=dict)
+    """The spaces that the peer has registered -> the model."""
 
     @property
     def who(self) -> str:
