@@ -490,6 +490,64 @@ def test_answers_that_do_not_fit_are_no_answers(asked: Callable[..., Asked]) -> 
             rogue.close()
 
 
+def test_a_peer_that_sends_more_than_was_asked_for_is_cut_off_before_its_answer_is_complete(
+    asked: Callable[..., Asked],
+) -> None:
+    much = [bytes(1 << 20)] * 64
+    rogue = impostor(lambda request: (m.Having(b"\1\1\1"), []) if isinstance(request, m.Has) else (m.Pulled([]), much))
+    with Proxy(rogue.port) as between:
+        try:
+            one = asked([("127.0.0.1", between.port)])
+            one.connected()
+            assert one.do(Contains, KEYS) == [True] * 3
+            between.answers.after(16 << 20, between.answers.hold)
+            assert one.load(KEYS)[0] == ["lost"] * 3
+            eventually(lambda: "12288 were asked for" in one.tier.trouble())
+        finally:
+            between.thaw()
+            rogue.close()
+
+
+def test_a_shard_may_take_longer_than_the_timeout_while_it_arrives(asked: Callable[..., Asked]) -> None:
+    size = 4 << 20
+    payload = bytes(size)
+    answer = m.Pulled([make_header(KEYS[0], bytes(16), payload)]), [payload]
+    rogue = impostor(lambda request: (m.Having(b"\1"), []) if isinstance(request, m.Has) else answer)
+    with Proxy(rogue.port) as between:
+        try:
+            one = asked([("127.0.0.1", between.port)], timeout=2.0)
+            one.connected()
+            assert one.do(Contains, KEYS[:1]) == [True]
+            between.rate = size / 4
+            assert one.load(KEYS[:1], size) == ([OK], [payload])
+        finally:
+            rogue.close()
+
+
+def test_large_shards_are_asked_for_one_after_the_other(asked: Callable[..., Asked]) -> None:
+    size, count = 12 << 20, 8
+    keys = [KEYS[0]._replace(chunk=bytes([number]) * 16) for number in range(count)]
+    open_pulls, most, lock = [0], [0], threading.Lock()
+
+    def answer(request: m.Message) -> tuple[m.Message, list[bytes]] | None:
+        if isinstance(request, m.Has):
+            return m.Having(b"\1" * count), []
+        with lock:
+            open_pulls[0] += 1
+            most[0] = max(most[0], open_pulls[0])
+        return None
+
+    rogue = impostor(answer)
+    try:
+        one = asked([("127.0.0.1", rogue.port)], timeout=2.0)
+        one.connected()
+        assert one.do(Contains, keys) == [True] * count
+        assert one.load(keys, size)[0] == ["lost"] * count
+        assert most[0] == 1, "one link, and two pulls would be more than the bound"
+    finally:
+        rogue.close()
+
+
 def test_one_silent_peer_does_not_hold_up_the_answers_of_others(asked: Callable[..., Asked]) -> None:
     silent = impostor(lambda request: None, b"1" * 16)
     quick = impostor(lambda request: (m.Having(b"\0\1\0"), []), b"2" * 16)

@@ -326,7 +326,7 @@ class PeersTier(AsyncTier):
             pull.peer.queued_bytes += size
             sources.remove(pull.peer)
         for pull in pulls:
-            question = Question(pull.request, partial(self._arrived, pull), partial(self._lost, pull))
+            question = Question(pull.request, partial(self._arrived, pull), partial(self._lost, pull), pull.size)
             self._roster.watch(pull.peer, partial(pull.peer.pull, self._now(), question))
         self._end_load(load)
 
