@@ -548,6 +548,40 @@ def test_large_shards_are_asked_for_one_after_the_other(asked: Callable[..., Ask
         rogue.close()
 
 
+def test_of_a_load_that_is_cancelled_nothing_more_is_asked(asked: Callable[..., Asked]) -> None:
+    size, count = 4 << 20, 12
+    keys = [KEYS[0]._replace(chunk=bytes([number]) * 16) for number in range(count)]
+    answering, pulled = threading.Event(), queue.Queue[bytes]()
+
+    def answer(request: m.Message) -> tuple[m.Message, list[bytes]]:
+        if isinstance(request, m.Has):
+            return m.Having(b"\1" * (len(request.hashes) // 16)), []
+        assert isinstance(request, m.Pull)
+        pulled.put(request.hashes)
+        assert answering.wait(PATIENCE)
+        return m.Pulled([b""] * (len(request.hashes) // 16)), []
+
+    rogue = impostor(answer)
+    try:
+        one = asked([("127.0.0.1", rogue.port)])
+        one.connected()
+        assert one.do(Contains, keys) == [True] * count
+        ended: queue.Queue[Any] = queue.Queue()
+        into = [memoryview(bytearray(size)) for _ in keys]
+        load = Load(RUNTIME.now() + PATIENCE, lambda *end: ended.put(end), keys, into)
+        one.tier.submit(load)
+        first = pulled.get(timeout=PATIENCE)
+        one.tier.cancel(load)
+        assert ended.get(timeout=PATIENCE)[1].reason == "cancelled"
+        answering.set()
+        assert one.load(keys[-1:], size)[0] == [ABSENT], "it is still known who had it"
+        heard = [first, *(pulled.get_nowait() for _ in range(pulled.qsize()))]
+        assert heard == [one.chunk for one in (*keys[:4], keys[-1])], "one link, with four pulls"
+    finally:
+        answering.set()
+        rogue.close()
+
+
 def test_one_silent_peer_does_not_hold_up_the_answers_of_others(asked: Callable[..., Asked]) -> None:
     silent = impostor(lambda request: None, b"1" * 16)
     quick = impostor(lambda request: (m.Having(b"\0\1\0"), []), b"2" * 16)
@@ -617,6 +651,18 @@ def test_a_name_stands_for_all_its_addresses_as_they_change(
             rogue.close()
 
 
+def test_a_name_that_never_resolves_keeps_no_addresses_of_others(
+    asked: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "RESOLVE_SECONDS", 0.01)
+    found = ["127.0.1.1"]
+    monkeypatch.setattr(dial, "addresses", lambda host: resolved(host, found if host == "servers" else []))
+    one = asked([("misspelt", 1), ("servers", 1)])
+    eventually(lambda: [peer.address for peer in one.tier._roster.peers] == ["127.0.1.1:1"])
+    found[0] = "127.0.1.2"
+    eventually(lambda: [peer.address for peer in one.tier._roster.peers] == ["127.0.1.2:1"])
+
+
 def resolved(host: str, found: list[str]) -> tuple[str, ...]:
     if not found:
         raise OSError(f"host {host!r} does not resolve")
@@ -642,7 +688,7 @@ def test_the_tier_only_reads(asked: Callable[..., Asked], server: Servers) -> No
     assert one.do(Clear) is None and one.do(Close) is None and one.do(Open) is None
     with pytest.raises(ConfigError, match=r"write=through: peer:// only reads"):
         make_tier("peer://a:1?write=through")
-    for text in ("peer:///path", "peer://a:1/path", "peer://a:1?also=b:x", "peer://a:1?timeout=0"):
+    for text in ("peer:///path", "peer://a:1/path", "peer://a:1?also=b:x", "peer://a:1?timeout=0.5"):
         with pytest.raises(ConfigError):
             make_tier(text)
     spec = make_tier("peer://[::1]:7?also=b,c:8")

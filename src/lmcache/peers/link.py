@@ -24,12 +24,13 @@ Frames = Sequence[zmq.Frame]
 @dataclass(eq=False)
 class Question:
     """answered: takes the answer with its payload frames. lost: takes the reason why none will come. One of them is called.
-    size: the most bytes of payload in the answer."""
+    size: the most bytes of payload in the answer. wanted: whether the answer is still of use."""
 
     request: m.Message
     answered: Callable[[m.Answer, Frames], None]
     lost: Callable[[str], None]
     size: int = 0
+    wanted: Callable[[], bool] = lambda: True
     asked: float = field(default=0.0, init=False)
 
 

@@ -95,6 +95,9 @@ class Peer:
     def _pump(self, now: float) -> None:
         """Ask for queued payload."""
         while self._queue and self.pulls:
+            if not self._queue[0].wanted():
+                self._queue.popleft().lost("it is not wanted any more")
+                continue
             link = min(self.pulls, key=len)
             if len(link) >= MAX_PULLS or (len(link) and link.awaited_bytes + self._queue[0].size > MAX_PULLED_BYTES):
                 return

@@ -98,7 +98,7 @@ class PeersTier(AsyncTier):
             list(dict.fromkeys(names)),
             url.runtime,
             url.take("connections", integer(1, 16), 2),
-            url.take("timeout", number(0.05, 60), 2.0),
+            url.take("timeout", number(1, 60), 2.0),
         )
 
     def introduce(self, myself: Myself) -> None:
@@ -326,7 +326,8 @@ class PeersTier(AsyncTier):
             pull.peer.queued_bytes += size
             sources.remove(pull.peer)
         for pull in pulls:
-            question = Question(pull.request, partial(self._arrived, pull), partial(self._lost, pull), pull.size)
+            arrived, lost = partial(self._arrived, pull), partial(self._lost, pull)
+            question = Question(pull.request, arrived, lost, pull.size, lambda: not load.cancelled)
             self._roster.watch(pull.peer, partial(pull.peer.pull, self._now(), question))
         self._end_load(load)
 
@@ -363,11 +364,11 @@ class PeersTier(AsyncTier):
         pull.peer.queued_bytes -= pull.size
         for place, outcome in zip(pull.places, outcomes, strict=True):
             load.outcomes[place] = outcome
-            if outcome != OK:
+            if outcome != OK and not load.cancelled:
                 having = self._known.get(chunk_of(load.operation.keys[place]), [])
                 if pull.peer in having:
                     having.remove(pull.peer)
-                if load.sources[place] and not load.cancelled:
+                if load.sources[place]:
                     again.append(place)
         load.left -= len(outcomes) - len(again)
         if again:
