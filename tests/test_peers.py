@@ -247,10 +247,10 @@ def test_a_peer_reads_what_it_names_and_may_do_nothing_else(server: Servers, raw
     assert ask(m.Has(space, 2, hashes))[0] == m.Having(bytes(4)), "another split"
     assert ask(m.Has(bytes(16), 1, hashes))[0] == m.Having(bytes(4)) and name
     answer, frames = ask(m.Pull(space, 1, 0, bytes(16) + hashes))
-    assert [len(one) for one in answer.headers] == [0, 128, 128, 128, 128] and len(frames) == 4
-    for at, (header, frame) in enumerate(zip(answer.headers[1:], frames, strict=True)):
-        into = memoryview(bytearray(4096))
-        assert take(header, memoryview(frame), ShardKey(space, hashes[16 * at :][:16], 0, 1), into) == OK
+    assert [len(one) for one in answer.headers] == [0, 128, 128, 128, 128] and len(frames) == 1
+    for at, header in enumerate(answer.headers[1:]):
+        into, frame = memoryview(bytearray(4096)), memoryview(frames[0])[4096 * at :][:4096]
+        assert take(header, frame, ShardKey(space, hashes[16 * at :][:16], 0, 1), into) == OK
     client.ask(m.Clear())
     assert ask(m.Pull(space, 1, 0, hashes)) == (m.Pulled([b""] * 4), []), "it has lost what it said it had"
     client.store(hashes)
@@ -278,6 +278,22 @@ def test_a_peer_reads_what_it_names_and_may_do_nothing_else(server: Servers, raw
     nothing_lent(one)
 
 
+def test_an_answer_has_few_frames_since_each_keeps_the_loop(server: Servers, raw: Callable[..., Raw]) -> None:
+    one = server(flags=("--insecure-no-auth",))
+    peer, hashes = peer_of(one), os.urandom(16 * 512)
+    peer.trust()
+    small, large = raw(one, "small", shard_bytes=4096), raw(one, "large", shard_bytes=m.JOINED_BYTES)
+    assert small.store(hashes) == 512 and large.store(hashes[: 16 * 65]) == 65
+    answer, frames = peer.exchange(m.Pull(space_of(small), 1, 0, hashes), PATIENCE)
+    assert [len(frame) for frame in frames] == [512 * 4096] and all(answer.headers)
+    answer, frames = peer.exchange(m.Pull(space_of(large), 1, 0, hashes[: 16 * 64]), PATIENCE)
+    assert len(frames) == 64 and all(answer.headers)
+    answer, _ = peer.exchange(m.Pull(space_of(large), 1, 0, hashes), PATIENCE)
+    assert answer.code == "refused" and "at most 64" in answer.text
+    peer.close()
+    nothing_lent(one)
+
+
 def test_chunks_that_are_being_stored_are_awaited_for_a_short_time(server: Servers, raw: Callable[..., Raw]) -> None:
     one = server(flags=("--insecure-no-auth",))
     client, hashes = raw(one), os.urandom(64)
@@ -292,7 +308,7 @@ def test_chunks_that_are_being_stored_are_awaited_for_a_short_time(server: Serve
         client.ask(m.Commit(granted.reservation, ends_well))
         _, answer, frames = eventually(peer.receive)
         assert [len(header) for header in answer.headers] == [128] * (4 if ends_well else 1) + [0] * (not ends_well) * 3
-        assert len(frames) == (4 if ends_well else 1)
+        assert sum(map(len, frames)) == 4096 * (4 if ends_well else 1)
         client.ask(m.Clear())
         client.store(hashes[:16])
     granted = client.reserve(hashes[16:], hashes[:16])
@@ -427,6 +443,8 @@ DAMAGED = {
     "one absent": (m.Pulled([sealed(0), b"", sealed(2)]), [PAYLOADS[0], PAYLOADS[2]], [OK, ABSENT, OK]),
     "other bytes": (m.Pulled([sealed(0), sealed(1), sealed(2)]), [PAYLOADS[0], PAYLOADS[1], PAYLOADS[0]], [OK, OK, CHECKSUM]),
     "other chunk": (m.Pulled([sealed(1), sealed(0), sealed(2)]), PAYLOADS, [OTHER_SHARD, OTHER_SHARD, OK]),
+    "joined": (m.Pulled([sealed(0), b"", sealed(2)]), [PAYLOADS[0] + PAYLOADS[2]], [OK, ABSENT, OK]),
+    "joined and short": (m.Pulled([sealed(0), b"", sealed(2)]), [PAYLOADS[0] + b"x"], [OK, ABSENT, OTHER_SIZE]),
     "short": (m.Pulled([sealed(0), sealed(1), sealed(2)]), [PAYLOADS[0], b"x", PAYLOADS[2]], [OK, OTHER_SIZE, OK]),
     "too few frames": (m.Pulled([sealed(0), sealed(1), sealed(2)]), PAYLOADS[:2], [OK, OK, OTHER_SIZE]),
     "too few headers": (m.Pulled([sealed(0)]), PAYLOADS, ["wrong answer"] * 3),
