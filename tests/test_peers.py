@@ -346,6 +346,36 @@ def test_what_an_engine_stores_at_this_moment_is_a_hit_at_another_server(
     assert eventually(lambda: reader.load(IDS) == 640)
 
 
+def test_waiting_for_an_engine_in_vain_does_not_make_the_peers_slow(
+    server: Servers, raw: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = server()
+    there = pulling_from(server, here.port)
+    for one in (here, there):
+        mine = str(one.socket_dir / f"{one.status()['server_id'][:16]}.sock")
+        monkeypatch.setattr(one, "socket_path", lambda mine=mine: mine)
+    writer, reader = raw(here, "writer"), raw(there, "reader")
+
+    def look(hashes: bytes) -> int:
+        def answer() -> Any:
+            found = reader.ask(m.Lookup(reader.space, hashes, request=hashes.hex()))
+            return None if found.loading else found
+
+        found = eventually(answer)
+        reader.ask(m.Release([found.lease]))
+        return int(found.chunks)
+
+    first, second = os.urandom(16 * 20), os.urandom(16 * 4)
+    writer.store(first)
+    assert eventually(lambda: look(first) == 20)
+    pace = eventually(lambda: tier_of(there)["load_bytes_per_second"])
+    granted = writer.reserve(second)
+    eventually(lambda: look(second) == 0 and here.counters()["awaited_pulls_total"])
+    eventually(lambda: tier_of(there)["counters"].get("missed:absent"))
+    assert tier_of(there)["load_bytes_per_second"] == pace
+    writer.ask(m.Commit(granted.reservation, True))
+
+
 def space_of(client: Raw) -> bytes:
     """The name of the client's space."""
     layout = msgspec.structs.replace(client.layout, chunk_tokens=client.carrier.welcome.chunk_tokens)

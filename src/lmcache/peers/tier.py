@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ class _Asking:
     operation: Contains
     has: dict[Chunk, list[Peer]]
     waiting: int
+    coming: set[Chunk] = field(default_factory=set)
     answers: int = 0
     grace_ends: float | None = None
     reason: str = ""
@@ -71,6 +72,8 @@ class PeersTier(AsyncTier):
         self._connections, self._timeout_seconds = connections, timeout_seconds
         self._myself = Myself()
         self._known: OrderedDict[Chunk, list[Peer]] = OrderedDict()
+        self._coming: set[Chunk] = set()
+        """Those that an engine was storing when a peer told of them. A load of them waits for that engine."""
         self._asking: dict[Operation[Any], _Asking] = {}
         self._loading: dict[Operation[Any], Loading] = {}
         self._calls: deque[Callable[[], None]] = deque()
@@ -107,6 +110,9 @@ class PeersTier(AsyncTier):
 
     def usage(self) -> Usage:
         return Usage(0, 0, None)
+
+    def is_paced(self, keys: Sequence[ShardKey]) -> bool:
+        return not any(chunk_of(key) in self._coming for key in keys)
 
     def trouble(self) -> str:
         return self._trouble
@@ -264,6 +270,8 @@ class PeersTier(AsyncTier):
         for chunk, present in zip(page, answer.present, strict=True):
             if present:
                 asking.has[chunk].append(peer)
+            if present == m.COMING:
+                asking.coming.add(chunk)
         if asking.grace_ends is None:
             asking.grace_ends = self._now() + GRACE_SECONDS
         self._look(asking)
@@ -294,8 +302,10 @@ class PeersTier(AsyncTier):
             if having:
                 self._known[chunk] = having
                 self._known.move_to_end(chunk)
+                self._coming.discard(chunk)
+        self._coming |= asking.coming
         while len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
+            self._coming.discard(self._known.popitem(last=False)[0])
         operation.complete([bool(asking.has[chunk_of(key)]) for key in operation.keys])
 
     # Loading
