@@ -312,10 +312,10 @@ def test_a_peer_reads_what_it_names_and_may_do_nothing_else(server: Servers, raw
     assert ask(m.Has(space, 2, hashes))[0] == m.Having(bytes(4)), "another split"
     assert ask(m.Has(bytes(16), 1, hashes))[0] == m.Having(bytes(4)) and name
     answer, frames = ask(m.Pull(space, 1, 0, bytes(16) + hashes))
-    assert [len(one) for one in answer.headers] == [0, 128, 128, 128, 128] and len(frames) == 4
-    for at, (header, frame) in enumerate(zip(answer.headers[1:], frames, strict=True)):
-        into = memoryview(bytearray(4096))
-        assert take(header, memoryview(frame), ShardKey(space, hashes[16 * at :][:16], 0, 1), into) == OK
+    assert [len(one) for one in answer.headers] == [0, 128, 128, 128, 128] and len(frames) == 1
+    for at, header in enumerate(answer.headers[1:]):
+        into, frame = memoryview(bytearray(4096)), memoryview(frames[0])[4096 * at :][:4096]
+        assert take(header, frame, ShardKey(space, hashes[16 * at :][:16], 0, 1), into) == OK
     client.ask(m.Clear())
     assert ask(m.Pull(space, 1, 0, hashes)) == (m.Pulled([b""] * 4), []), "it has lost what it said it had"
     client.store(hashes)
@@ -343,6 +343,22 @@ def test_a_peer_reads_what_it_names_and_may_do_nothing_else(server: Servers, raw
     nothing_lent(one)
 
 
+def test_an_answer_has_few_frames_since_each_keeps_the_loop(server: Servers, raw: Callable[..., Raw]) -> None:
+    one = server(flags=("--insecure-no-auth",))
+    peer, hashes = peer_of(one), os.urandom(16 * 512)
+    peer.trust()
+    small, large = raw(one, "small", shard_bytes=4096), raw(one, "large", shard_bytes=m.JOINED_BYTES)
+    assert small.store(hashes) == 512 and large.store(hashes[: 16 * 65]) == 65
+    answer, frames = peer.exchange(m.Pull(space_of(small), 1, 0, hashes), PATIENCE)
+    assert [len(frame) for frame in frames] == [512 * 4096] and all(answer.headers)
+    answer, frames = peer.exchange(m.Pull(space_of(large), 1, 0, hashes[: 16 * 64]), PATIENCE)
+    assert len(frames) == 64 and all(answer.headers)
+    answer, _ = peer.exchange(m.Pull(space_of(large), 1, 0, hashes), PATIENCE)
+    assert answer.code == "refused" and "at most 64" in answer.text
+    peer.close()
+    nothing_lent(one)
+
+
 def test_chunks_that_are_being_stored_are_awaited_for_a_short_time(server: Servers, raw: Callable[..., Raw]) -> None:
     one = server(flags=("--insecure-no-auth",))
     client, hashes = raw(one), os.urandom(64)
@@ -357,7 +373,7 @@ def test_chunks_that_are_being_stored_are_awaited_for_a_short_time(server: Serve
         client.ask(m.Commit(granted.reservation, ends_well))
         _, answer, frames = eventually(peer.receive)
         assert [len(header) for header in answer.headers] == [128] * (4 if ends_well else 1) + [0] * (not ends_well) * 3
-        assert len(frames) == (4 if ends_well else 1)
+        assert sum(map(len, frames)) == 4096 * (4 if ends_well else 1)
         client.ask(m.Clear())
         client.store(hashes[:16])
     granted = client.reserve(hashes[16:], hashes[:16])
@@ -393,6 +409,36 @@ def test_what_an_engine_stores_at_this_moment_is_a_hit_at_another_server(
     found = looked_up.result(PATIENCE)
     assert found == 640 or tier_of(there)["counters"]["missed:absent"], "on a slow machine the pull waits in vain"
     assert eventually(lambda: reader.load(IDS) == 640)
+
+
+def test_waiting_for_an_engine_in_vain_does_not_make_the_peers_slow(
+    server: Servers, raw: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = server()
+    there = pulling_from(server, here.port)
+    for one in (here, there):
+        mine = str(one.socket_dir / f"{one.status()['server_id'][:16]}.sock")
+        monkeypatch.setattr(one, "socket_path", lambda mine=mine: mine)
+    writer, reader = raw(here, "writer"), raw(there, "reader")
+
+    def look(hashes: bytes) -> int:
+        def answer() -> Any:
+            found = reader.ask(m.Lookup(reader.space, hashes, request=hashes.hex()))
+            return None if found.loading else found
+
+        found = eventually(answer)
+        reader.ask(m.Release([found.lease]))
+        return int(found.chunks)
+
+    first, second = os.urandom(16 * 20), os.urandom(16 * 4)
+    writer.store(first)
+    assert eventually(lambda: look(first) == 20)
+    pace = eventually(lambda: tier_of(there)["load_bytes_per_second"])
+    granted = writer.reserve(second)
+    eventually(lambda: look(second) == 0 and here.counters()["awaited_pulls_total"])
+    eventually(lambda: tier_of(there)["counters"].get("missed:absent"))
+    assert tier_of(there)["load_bytes_per_second"] == pace
+    writer.ask(m.Commit(granted.reservation, True))
 
 
 def space_of(client: Raw) -> bytes:
@@ -492,6 +538,8 @@ DAMAGED = {
     "one absent": (m.Pulled([sealed(0), b"", sealed(2)]), [PAYLOADS[0], PAYLOADS[2]], [OK, ABSENT, OK]),
     "other bytes": (m.Pulled([sealed(0), sealed(1), sealed(2)]), [PAYLOADS[0], PAYLOADS[1], PAYLOADS[0]], [OK, OK, CHECKSUM]),
     "other chunk": (m.Pulled([sealed(1), sealed(0), sealed(2)]), PAYLOADS, [OTHER_SHARD, OTHER_SHARD, OK]),
+    "joined": (m.Pulled([sealed(0), b"", sealed(2)]), [PAYLOADS[0] + PAYLOADS[2]], [OK, ABSENT, OK]),
+    "joined and short": (m.Pulled([sealed(0), b"", sealed(2)]), [PAYLOADS[0] + b"x"], [OK, ABSENT, OTHER_SIZE]),
     "short": (m.Pulled([sealed(0), sealed(1), sealed(2)]), [PAYLOADS[0], b"x", PAYLOADS[2]], [OK, OTHER_SIZE, OK]),
     "too few frames": (m.Pulled([sealed(0), sealed(1), sealed(2)]), PAYLOADS[:2], [OK, OK, OTHER_SIZE]),
     "too few headers": (m.Pulled([sealed(0)]), PAYLOADS, ["wrong answer"] * 3),
@@ -553,6 +601,98 @@ def test_answers_that_do_not_fit_are_no_answers(asked: Callable[..., Asked]) -> 
             assert one.load(KEYS)[0] == [ABSENT] * 3
         finally:
             rogue.close()
+
+
+def test_a_peer_that_sends_more_than_was_asked_for_is_cut_off_before_its_answer_is_complete(
+    asked: Callable[..., Asked],
+) -> None:
+    much = [bytes(1 << 20)] * 64
+    rogue = impostor(lambda request: (m.Having(b"\1\1\1"), []) if isinstance(request, m.Has) else (m.Pulled([]), much))
+    with Proxy(rogue.port) as between:
+        try:
+            one = asked([("127.0.0.1", between.port)])
+            one.connected()
+            assert one.do(Contains, KEYS) == [True] * 3
+            between.answers.after(16 << 20, between.answers.hold)
+            assert one.load(KEYS)[0] == ["lost"] * 3
+            eventually(lambda: "12288 were asked for" in one.tier.trouble())
+        finally:
+            between.thaw()
+            rogue.close()
+
+
+def test_a_shard_may_take_longer_than_the_timeout_while_it_arrives(asked: Callable[..., Asked]) -> None:
+    size = 4 << 20
+    payload = bytes(size)
+    answer = m.Pulled([make_header(KEYS[0], bytes(16), payload)]), [payload]
+    rogue = impostor(lambda request: (m.Having(b"\1"), []) if isinstance(request, m.Has) else answer)
+    with Proxy(rogue.port) as between:
+        try:
+            one = asked([("127.0.0.1", between.port)], timeout=2.0)
+            one.connected()
+            assert one.do(Contains, KEYS[:1]) == [True]
+            between.rate = size / 4
+            assert one.load(KEYS[:1], size) == ([OK], [payload])
+        finally:
+            rogue.close()
+
+
+def test_large_shards_are_asked_for_one_after_the_other(asked: Callable[..., Asked]) -> None:
+    size, count = 12 << 20, 8
+    keys = [KEYS[0]._replace(chunk=bytes([number]) * 16) for number in range(count)]
+    open_pulls, most, lock = [0], [0], threading.Lock()
+
+    def answer(request: m.Message) -> tuple[m.Message, list[bytes]] | None:
+        if isinstance(request, m.Has):
+            return m.Having(b"\1" * count), []
+        with lock:
+            open_pulls[0] += 1
+            most[0] = max(most[0], open_pulls[0])
+        return None
+
+    rogue = impostor(answer)
+    try:
+        one = asked([("127.0.0.1", rogue.port)], timeout=2.0)
+        one.connected()
+        assert one.do(Contains, keys) == [True] * count
+        assert one.load(keys, size)[0] == ["lost"] * count
+        assert most[0] == 1, "one link, and two pulls would be more than the bound"
+    finally:
+        rogue.close()
+
+
+def test_of_a_load_that_is_cancelled_nothing_more_is_asked(asked: Callable[..., Asked]) -> None:
+    size, count = 4 << 20, 12
+    keys = [KEYS[0]._replace(chunk=bytes([number]) * 16) for number in range(count)]
+    answering, pulled = threading.Event(), queue.Queue[bytes]()
+
+    def answer(request: m.Message) -> tuple[m.Message, list[bytes]]:
+        if isinstance(request, m.Has):
+            return m.Having(b"\1" * (len(request.hashes) // 16)), []
+        assert isinstance(request, m.Pull)
+        pulled.put(request.hashes)
+        assert answering.wait(PATIENCE)
+        return m.Pulled([b""] * (len(request.hashes) // 16)), []
+
+    rogue = impostor(answer)
+    try:
+        one = asked([("127.0.0.1", rogue.port)])
+        one.connected()
+        assert one.do(Contains, keys) == [True] * count
+        ended: queue.Queue[Any] = queue.Queue()
+        into = [memoryview(bytearray(size)) for _ in keys]
+        load = Load(RUNTIME.now() + PATIENCE, lambda *end: ended.put(end), keys, into)
+        one.tier.submit(load)
+        first = pulled.get(timeout=PATIENCE)
+        one.tier.cancel(load)
+        assert ended.get(timeout=PATIENCE)[1].reason == "cancelled"
+        answering.set()
+        assert one.load(keys[-1:], size)[0] == [ABSENT], "it is still known who had it"
+        heard = [first, *(pulled.get_nowait() for _ in range(pulled.qsize()))]
+        assert heard == [one.chunk for one in (*keys[:4], keys[-1])], "one link, with four pulls"
+    finally:
+        answering.set()
+        rogue.close()
 
 
 def test_one_silent_peer_does_not_hold_up_the_answers_of_others(asked: Callable[..., Asked]) -> None:
@@ -624,6 +764,18 @@ def test_a_name_stands_for_all_its_addresses_as_they_change(
             rogue.close()
 
 
+def test_a_name_that_never_resolves_keeps_no_addresses_of_others(
+    asked: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "RESOLVE_SECONDS", 0.01)
+    found = ["127.0.1.1"]
+    monkeypatch.setattr(dial, "addresses", lambda host: resolved(host, found if host == "servers" else []))
+    one = asked([("misspelt", 1), ("servers", 1)])
+    eventually(lambda: [peer.address for peer in one.tier._roster.peers] == ["127.0.1.1:1"])
+    found[0] = "127.0.1.2"
+    eventually(lambda: [peer.address for peer in one.tier._roster.peers] == ["127.0.1.2:1"])
+
+
 def resolved(host: str, found: list[str]) -> tuple[str, ...]:
     if not found:
         raise OSError(f"host {host!r} does not resolve")
@@ -649,7 +801,7 @@ def test_the_tier_only_reads(asked: Callable[..., Asked], server: Servers) -> No
     assert one.do(Clear) is None and one.do(Close) is None and one.do(Open) is None
     with pytest.raises(ConfigError, match=r"write=through: peer:// only reads"):
         make_tier("peer://a:1?write=through")
-    for text in ("peer:///path", "peer://a:1/path", "peer://a:1?also=b:x", "peer://a:1?timeout=0"):
+    for text in ("peer:///path", "peer://a:1/path", "peer://a:1?also=b:x", "peer://a:1?timeout=0.5"):
         with pytest.raises(ConfigError):
             make_tier(text)
     spec = make_tier("peer://[::1]:7?also=b,c:8")

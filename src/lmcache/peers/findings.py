@@ -47,6 +47,17 @@ class Finding:
         anybody = bytes(map(max, first, *others)) if others else first
         return [anybody[at] > 0 for at in map(self._places.__getitem__, map(_CHUNK, keys))]
 
+    def states(self) -> tuple[list[bytes], list[bytes]]:
+        """Return the chunks that some peer has, and those that are only coming: engines of the peers that told of them store them."""
+        told = list(self._present.values())
+        if not any(m.COMING in one for one in told):
+            return list(self._places), []
+        complete, coming = list[bytes](), list[bytes]()
+        for chunk, at in self._places.items():
+            values = {one[at] for one in told}
+            (coming if values - {0} == {m.COMING} else complete).append(chunk)
+        return complete, coming
+
     def sources(self, chunk: bytes) -> list[Peer]:
         at = self._places.get(chunk)
         return [] if at is None else [peer for peer, present in self._present.items() if present[at]]

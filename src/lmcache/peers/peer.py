@@ -12,6 +12,8 @@ from lmcache.tiers.breaker import Breaker
 logger = init_logger(__name__)
 MAX_PULLS = 4
 """The most unanswered pulls of one link, so that the other server reads some ahead and holds little memory."""
+MAX_PULLED_BYTES = 16 << 20
+"""The most bytes of these, unless one pull is larger. A server refuses what it would have to hold for peers beyond 512 MiB."""
 
 
 class Peer:
@@ -93,8 +95,11 @@ class Peer:
     def _pump(self, now: float) -> None:
         """Ask for queued payload."""
         while self._queue and self.pulls:
+            if not self._queue[0].wanted():
+                self._queue.popleft().lost("it is not wanted any more")
+                continue
             link = min(self.pulls, key=len)
-            if len(link) >= MAX_PULLS:
+            if len(link) >= MAX_PULLS or (len(link) and link.awaited_bytes + self._queue[0].size > MAX_PULLED_BYTES):
                 return
             link.ask(now, self._queue[0])
             self._queue.popleft()

@@ -58,7 +58,8 @@ class Pulling:
 
     def take(self, headers: list[bytes], frames: Frames) -> list[str]:
         """Copy what has arrived into the buffers, and check it. Returns the outcome of each shard; any thread may do this."""
-        operation, left = self.load.operation, iter(frames)
+        operation = self.load.operation
+        left = iter(_shards(frames, sum(map(bool, headers)), self.size // len(self.places)))
         outcomes: list[str] = []
         try:
             for header, place in zip(headers, self.places, strict=True):
@@ -66,11 +67,18 @@ class Pulling:
                 if sent is None:
                     outcomes.append(OTHER_SIZE if header else ABSENT)
                 else:
-                    outcomes.append(take(header, sent.buffer, operation.keys[place], operation.into[place]))
+                    outcomes.append(take(header, sent, operation.keys[place], operation.into[place]))
         except Exception:  # top of the thread: the load must end
             logger.exception("Shards of a peer could not be copied")
             outcomes = [CHECKSUM] * len(self.places)
         return outcomes
+
+
+def _shards(frames: Frames, count: int, size: int) -> list[memoryview]:
+    """Return the payload of each shard, which may all be in one frame."""
+    if len(frames) == 1 < count:
+        return [frames[0].buffer[at * size : (at + 1) * size] for at in range(count)]
+    return [one.buffer for one in frames]
 
 
 def take(header: bytes, payload: memoryview, key: ShardKey, into: memoryview) -> str:

@@ -44,6 +44,8 @@ class Roster:
         """By address."""
         self._addresses: dict[Name, list[str] | str] = {}
         """What the last look-up has found."""
+        self._behind: dict[Name, list[str]] = {}
+        """The addresses of each name, of the last look-up that has found any."""
         self._resolving, self._resolved_at = False, float("-inf")
         self._closed = False
 
@@ -92,15 +94,16 @@ class Roster:
 
     def _resolved(self, found: dict[Name, list[str] | str]) -> None:
         self._resolving, self._resolved_at, self._addresses = False, self._now(), found
-        lists = [one for one in found.values() if not isinstance(one, str)]
-        known = dict.fromkeys(address for addresses in lists for address in addresses)
+        if self._closed:
+            return
+        self._behind |= {name: one for name, one in found.items() if not isinstance(one, str)}
+        known = dict.fromkeys(address for addresses in self._behind.values() for address in addresses)
+        for address in [one for one in self._peers if one not in known]:
+            logger.info("Peer %s: no name has this address any longer", address)
+            self._peers.pop(address).close("it is no peer any longer", goodbye=True)
         for address in known:
             if address not in self._peers and len(self._peers) < MAX_PEERS:
                 self._peers[address] = Peer(address)
-        is_complete = len(lists) == len(found)
-        for address in [one for one in self._peers if one not in known and is_complete]:
-            logger.info("Peer %s: no name has this address any longer", address)
-            self._peers.pop(address).close("it is no peer any longer", goodbye=True)
         self.tick(self._now())
 
     def _dial(self, peer: Peer) -> None:

@@ -23,13 +23,13 @@ from lmcache.config.options import integer, number, peers
 from lmcache.errors import ConfigError, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.peers.dial import MAX_PEERS, Myself, Name
-from lmcache.peers.findings import Finding, Findings
+from lmcache.peers.findings import MAX_KNOWN, Finding, Findings
 from lmcache.peers.link import Frames, Question
 from lmcache.peers.peer import Peer
 from lmcache.peers.pulls import Loading, Pulling
 from lmcache.peers.roster import Roster
 from lmcache.runtime import Runtime
-from lmcache.tiers import ABSENT, OK, AsyncTier, TierError, Usage
+from lmcache.tiers import ABSENT, OK, AsyncTier, ShardKey, TierError, Usage
 from lmcache.tiers.operation import Clear, Close, Contains, Load, Open, Operation, Remove
 from lmcache.tiers.url import TierURL
 from lmcache.wire import messages as m
@@ -70,6 +70,8 @@ class PeersTier(AsyncTier):
         self._connections, self._timeout_seconds = connections, timeout_seconds
         self._myself = Myself()
         self._findings = Findings()
+        self._coming: dict[bytes, None] = {}
+        """Chunks that an engine was storing when a peer told of them. Loads of them wait for that engine. Any thread may read."""
         self._asking: dict[Operation[Any], _Asking] = {}
         self._loading: dict[Operation[Any], Loading] = {}
         self._calls: deque[Callable[[], None]] = deque()
@@ -97,7 +99,7 @@ class PeersTier(AsyncTier):
             list(dict.fromkeys(names)),
             url.runtime,
             url.take("connections", integer(1, 16), 2),
-            url.take("timeout", number(0.05, 60), 2.0),
+            url.take("timeout", number(1, 60), 2.0),
         )
 
     def introduce(self, myself: Myself) -> None:
@@ -106,6 +108,9 @@ class PeersTier(AsyncTier):
 
     def usage(self) -> Usage:
         return Usage(0, 0, None)
+
+    def is_paced(self, keys: Sequence[ShardKey]) -> bool:
+        return not self._coming or not any(key.chunk in self._coming for key in keys)
 
     def degraded(self) -> str:
         return self._trouble
@@ -292,7 +297,17 @@ class PeersTier(AsyncTier):
             operation.fail(TierError("unreachable", asking.reason))
             return
         self._findings.add(asking.finding)
+        self._note_coming(asking.finding)
         operation.complete(asking.finding.has(operation.keys))
+
+    def _note_coming(self, finding: Finding) -> None:
+        complete, coming = finding.states()
+        if self._coming:
+            for chunk in complete:
+                self._coming.pop(chunk, None)
+        self._coming.update(dict.fromkeys(coming))
+        while len(self._coming) > MAX_KNOWN:
+            del self._coming[next(iter(self._coming))]
 
     # Loading
 
@@ -321,7 +336,8 @@ class PeersTier(AsyncTier):
             pull.peer.queued_bytes += size
             sources.remove(pull.peer)
         for pull in pulls:
-            question = Question(pull.request, partial(self._arrived, pull), partial(self._lost, pull))
+            arrived, lost = partial(self._arrived, pull), partial(self._lost, pull)
+            question = Question(pull.request, arrived, lost, pull.size, lambda: not load.cancelled)
             self._roster.watch(pull.peer, partial(pull.peer.pull, self._now(), question))
         self._end_load(load)
 
@@ -358,9 +374,9 @@ class PeersTier(AsyncTier):
         pull.peer.queued_bytes -= pull.size
         for place, outcome in zip(pull.places, outcomes, strict=True):
             load.outcomes[place] = outcome
-            if outcome != OK:
+            if outcome != OK and not load.cancelled:
                 self._findings.lost(pull.peer, load.operation.keys[place])
-                if load.sources[place] and not load.cancelled:
+                if load.sources[place]:
                     again.append(place)
         load.left -= len(outcomes) - len(again)
         if again:

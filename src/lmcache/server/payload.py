@@ -1,6 +1,7 @@
 """Payload frames carry KV for engines that cannot map the arena, and for peers: I/O threads copy between L1 and the messages.
 
-What a peer pulls is not copied: ZMQ sends it from the arena, and the chunks are leased to the peer until it is sent.
+What a peer pulls is not copied, unless the shards are small: ZMQ sends it from the arena, and the chunks are leased to the peer
+until it is sent.
 """
 
 from __future__ import annotations
@@ -77,10 +78,16 @@ class PayloadCopies:
                 frames.append(l1.view(sector, lent.shard_bytes).toreadonly())
                 key = ShardKey(request.space, chunk, request.shard, request.shards)
                 headers[chunk] = make_header(key, parent, frames[-1])
+            if lent.found and lent.shard_bytes < m.JOINED_BYTES:
+                frames = [memoryview(b"".join(frames))]
             return m.Pulled(list(map(headers.__getitem__, split_hashes(request.hashes)))), frames
 
         peer.busy += 1  # until the frames are sent: the lease must not end before, even if the peer has gone
         try:
+            if lent.shard_bytes >= m.JOINED_BYTES and len(lent.found) > m.MAX_PULLED_FRAMES:
+                raise Refusal(
+                    f"{len(lent.found)} shards of {lent.shard_bytes} bytes; at most {m.MAX_PULLED_FRAMES} at a time"
+                )
             if self._sessions.held_bytes_of_peers + size > MAX_HELD_BYTES_OF_PEERS:
                 raise Refusal(f"{self._sessions.held_bytes_of_peers} bytes are being sent to peers already; try again")
             self._in_worker(peer, size, seal, lambda answer, frames, sent=nothing: reply(answer, frames, returned))

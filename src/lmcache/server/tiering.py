@@ -368,6 +368,8 @@ class Tiering:
         keys, by = [key for part in parts for key in part.keys], (SERVER, runner.name, load.request)
         into = [self._l1.view(sector, part.shard_bytes) for part in parts for sector in part.sectors]
 
+        paced = runner.tier.is_paced(keys)
+
         def late() -> None:  # the reservations have expired, so what arrives from now on is not used
             self._late_loads.add(load.number)
             runner.count("missed", _TOO_LATE, len(keys))
@@ -376,7 +378,7 @@ class Tiering:
 
         def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
             let_go(into)
-            self._loaded(load, parts, outcomes)
+            self._loaded(load, parts, outcomes, paced)
 
         runner.load(keys, into, self._l1.claim_seconds, late, done)
 
@@ -405,8 +407,9 @@ class Tiering:
             parts.append(_Part(grant.reservation, keys, extents, space.shard_bytes[shard]))
         return parts
 
-    def _loaded(self, load: Load, parts: list[_Part], outcomes: list[str] | None) -> None:
-        """Commit the shards that have arrived. outcomes: one for each shard; None if the tier failed."""
+    def _loaded(self, load: Load, parts: list[_Part], outcomes: list[str] | None, paced: bool = True) -> None:
+        """Commit the shards that have arrived. outcomes: one for each shard; None if the tier failed. paced: whether its time
+        shows how fast the tier is."""
         runner, at, good_bytes = self.runners[load.tier], 0, 0
         by = SERVER, runner.name, load.request
         for part in parts:
@@ -427,7 +430,7 @@ class Tiering:
                         runner.count("missed", outcome)
         self._late_loads.discard(load.number)
         runner.counters["loaded_bytes"] += good_bytes
-        self.fetches.loaded(self._loop.now(), load, None if outcomes is None and parts else good_bytes)
+        self.fetches.loaded(self._loop.now(), load, None if (outcomes is None or not paced) and parts else good_bytes)
         self._carry_out()
 
     # Clearing and closing

@@ -119,6 +119,10 @@ class TierBase(ABC):
         """Return at once, without I/O, which of these shards the tier has; None if it has to ask the store."""
         return None
 
+    def is_paced(self, keys: Sequence[ShardKey]) -> bool:
+        """Return at once whether the time of a load of these shards shows how fast the tier is; False if it waits for engines."""
+        return True
+
     def degraded(self) -> str:
         """Return at once what of the tier does not serve now, and why, although the tier as a whole serves; "" if nothing."""
         return ""

@@ -272,15 +272,15 @@ class ZmqCarrier:
     def _wait(self, deadline: float) -> None:
         """Wait for a message. Raises ServerUnavailable when none comes in time or an unproven server sends too much."""
         while (remaining := deadline - time.monotonic()) > 0:
-            if not self._trusted and self._received() > MAX_UNTRUSTED_BYTES:
+            if not self._trusted and self.received() > MAX_UNTRUSTED_BYTES:
                 raise ServerUnavailable(f"an unproven server has sent more than {MAX_UNTRUSTED_BYTES} bytes")
             step = remaining if self._trusted else min(remaining, _LOOK_SECONDS)
             if self._socket.poll(int(step * 1000) + 1, zmq.POLLIN):
                 return
         raise ServerUnavailable("no answer within the deadline")
 
-    def _received(self) -> int:
-        """Bytes, over the connection, if there is one (still)."""
+    def received(self) -> int:
+        """Bytes over the connection so far, also those of messages that are not complete. 0 if there is no connection."""
         self._read_monitor()
         connection = duplicate(self._connection) if self._connection >= 0 else None
         if connection is None:

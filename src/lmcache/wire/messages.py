@@ -37,6 +37,10 @@ MAX_RESERVED_CHUNKS = 16384
 """Bound of the chunks in one `Reserve`. The server needs some ten milliseconds to allocate extents for so many."""
 MAX_ASKED_CHUNKS = 512
 """Bound of the chunks in one `Has` or `Pull`, whose answer takes the server some 0.1 ms."""
+MAX_PULLED_FRAMES = 64
+"""Bound of the payload frames of one `Pulled`. Each takes the server's loop some 20 us."""
+JOINED_BYTES = 1 << 16
+"""Shards of fewer bytes travel in one payload frame."""
 COMING = 2
 """Of a chunk, in `Having`: a `Pull` of it waits for a short time until it is complete."""
 PEER = "peer"
@@ -251,8 +255,8 @@ class Has(Message, frozen=True, tag=20):
 
 
 class Pull(Message, frozen=True, tag=19):
-    """From a peer: ask for one shard of these chunks. Answered by `Pulled`, with a payload frame for each chunk that L1 has, as
-    soon as those that are coming are complete or come no longer."""
+    """From a peer: ask for one shard of these chunks. Answered by `Pulled`, with those that L1 has in payload frames, as soon as
+    those that are coming are complete or come no longer. More than `MAX_PULLED_FRAMES` that are not joined are refused."""
 
     space: Space
     shards: int
@@ -378,7 +382,7 @@ class Having(Message, frozen=True, tag=73):
 
 class Pulled(Message, frozen=True, tag=74):
     """One header (`tiers.frame`) for each chunk of a `Pull`; b"" where L1 does not have the chunk. The others' payload
-    frames follow, in the same order."""
+    follows in the same order: a frame for each, or one frame with all of them (`JOINED_BYTES`)."""
 
     headers: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=128)]], msgspec.Meta(max_length=MAX_ASKED_CHUNKS)]
 
