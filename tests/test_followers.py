@@ -164,6 +164,23 @@ def test_tiers_are_told_as_storage(folders, engine) -> None:
         assert router.told(ids, L1)
 
 
+def test_what_a_full_disk_tier_drops_is_told(folders, engine) -> None:
+    """Nobody asks for it again, and a lookup would find nothing to load that could fail."""
+    with server_parts(folders, 64 * EXTENT, l2=[f"disk://{folders('/tmp')}?max_gb=0.001"]) as (service, port):
+        one = engine(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"), "one", follows=True)
+        router, ids = Publisher(one), tokens(96, 1)
+        router.look_up(ids)
+        one.store(ids)
+        router.until(lambda: router.told(ids, TIERS))
+        for seed in range(2, 80):
+            one.store(tokens(160, seed))
+        router.until(lambda: not router.has[TIERS])
+        tier = service.tiering.runners[0].tier
+        assert tier.dropped is not None
+        one.close()
+        eventually(lambda: tier.dropped is None)
+
+
 def test_all_shards_of_a_chunk_make_it_stored_in_a_tier() -> None:
     heard = followers.Followers(SimpleNamespace(space=lambda number: SimpleNamespace(shards=2)), Counter())  # type: ignore[arg-type]
     a, b = bytes(16), b"b" * 16

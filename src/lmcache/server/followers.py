@@ -7,13 +7,18 @@ space, nobody listens to the events of L1.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from lmcache.cache import L1, Event
 from lmcache.chunks import HASH_BYTES, split_hashes
 from lmcache.tiers import ABSENT
 from lmcache.tiers.frame import DAMAGE
 from lmcache.wire.messages import Change, News
+
+if TYPE_CHECKING:
+    from lmcache.server.tier_runner import TierRunner
+    from lmcache.tiers import ShardKey
 
 MOST_CHUNKS = 65536
 """Bound of the chunks that wait for one engine to ask, and of the changes. 1 MiB of hashes."""
@@ -71,8 +76,8 @@ class Followers:
     """The followers of all spaces, and what they are to be told. counters: `news_chunks` counts chunks queued for an engine, and
     `news_overflows` how often a queue was full."""
 
-    def __init__(self, l1: L1, counters: Counter[str]) -> None:
-        self._l1, self._counters = l1, counters
+    def __init__(self, l1: L1, counters: Counter[str], runners: Sequence[TierRunner] = ()) -> None:
+        self._l1, self._counters, self._runners = l1, counters, runners
         self._followers: dict[int, Follower] = {}
         """By process."""
         self._parts: OrderedDict[tuple[int, str, bytes], int] = OrderedDict()
@@ -83,12 +88,16 @@ class Followers:
         if not self._followers:
             self._l1.events.listen(_L1_KINDS + _TIER_KINDS, self._heard)
             self._l1.events.listen(["cleared"], self._heard, named=False)
+            for runner in self._runners:
+                runner.tell_drops(self._dropped)
         self._followers[process] = Follower(space)
 
     def leave(self, process: int) -> None:
         """Forget a process that has ended."""
         if self._followers.pop(process, None) is not None and not self._followers:
             self._l1.events.ignore(self._heard)
+            for runner in self._runners:
+                runner.tell_drops(None)
             self._parts.clear()
 
     def take(self, process: int) -> News:
@@ -114,6 +123,15 @@ class Followers:
             for chunk in split_hashes(event.hashes):
                 self._parts.pop((event.space, event.tier, chunk), None)
             self._tell(event.space, "lost", event.hashes)
+
+    def _dropped(self, tier: str, keys: list[ShardKey]) -> None:
+        """Note that a tier has dropped these shards, most likely to make room. Other tiers may have the chunks still."""
+        for space in self._l1.spaces:
+            mine = (key.chunk for key in keys if (key.space, key.shards) == (space.fingerprint, space.shards))
+            if chunks := list(dict.fromkeys(mine)):
+                for chunk in chunks:
+                    self._parts.pop((space.number, tier, chunk), None)
+                self._tell(space.number, "lost", b"".join(chunks))
 
     def _tell(self, space: int, change: Change, hashes: bytes) -> None:
         for follower in self._of(space):

@@ -46,7 +46,7 @@ class Service:
         self._now, self.started = loop.now, loop.now()
         self._payload = PayloadCopies(loop, l1, self.sessions, workers)
         self._drop_reasons: set[str] = set()
-        self.followers = Followers(l1, self.counters)
+        self.followers = Followers(l1, self.counters, tiering.runners if tiering is not None else ())
         self.sessions.on_gone.append(self.followers.leave)
         self._answers: dict[type, Callable[[Peer, Any], m.Message]] = {
             m.Ping: lambda peer, request: m.Ok(),

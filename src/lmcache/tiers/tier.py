@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -95,6 +95,10 @@ class TierBase(ABC):
     """The payload of one load or store above which throughput does not increase."""
     batch_shards: ClassVar[int] = 512
     """The most shards of one load or store, so that a batch of tiny shards ends within the tier's timeouts."""
+
+    dropped: Callable[[list[ShardKey]], None] | None = None
+    """Set while somebody wants to hear which shards the tier drops. A tier that knows calls it then, from any thread. It returns
+    at once, and raises nothing."""
 
     @classmethod
     @abstractmethod
