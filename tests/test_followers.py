@@ -164,6 +164,31 @@ def test_tiers_are_told_as_storage(folders, engine) -> None:
         assert router.told(ids, L1)
 
 
+def test_a_write_that_a_clear_overtakes_is_not_told(folders, engine, monkeypatch) -> None:
+    with server_parts(folders, 64 * EXTENT, l2=[f"disk://{folders('/tmp')}?max_gb=1"]) as (service, port):
+        one = engine(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"), "one", follows=True)
+        runner, ended, cleared, ids = service.tiering.runners[0], list[Any](), list[Any](), tokens(96, 1)
+        store = runner.store
+
+        def held(shards: Any, done: Any) -> None:
+            store(shards, lambda *how: ended.append(lambda: done(*how)))
+
+        monkeypatch.setattr(runner, "store", held)
+        service.loop.ask(lambda: runner.tell_drops(None), PATIENCE)  # as a tier that does not know what it drops
+        router = Publisher(one)
+        router.look_up(ids)
+        one.store(ids)
+        eventually(lambda: ended)
+        service.loop.ask(lambda: service.tiering.clear(None, cleared.append), PATIENCE)
+        eventually(lambda: cleared)
+        monkeypatch.setattr(runner, "store", store)
+        service.loop.ask(lambda: [one() for one in ended], PATIENCE)
+        router.look_up(tokens(96, 2), "later")
+        one.store(tokens(96, 2))
+        router.until(lambda: router.told(tokens(96, 2), TIERS))
+        assert not router.told(ids, TIERS), "the write's shards are removed again"
+
+
 def test_what_a_full_disk_tier_drops_is_told(folders, engine) -> None:
     """Nobody asks for it again, and a lookup would find nothing to load that could fail."""
     with server_parts(folders, 64 * EXTENT, l2=[f"disk://{folders('/tmp')}?max_gb=0.001"]) as (service, port):
