@@ -120,6 +120,9 @@ class Known:
             return
         chunk.has |= medium
         above = self._chunks.get(chunk.parent) if chunk.number else None
+        if above is not None:  # which may have been forgotten and noted again since this chunk was noted
+            above.children = above.children or {}
+            above.children[key] = None
         if not chunk.number or (above is not None and above.told & medium):
             self._tell(key, medium)
 
