@@ -263,6 +263,22 @@ def test_vllms_own_cache_emptied_tells_everything_again(folders, engine) -> None
         assert router.removed == 3 and router.told(ids)
 
 
+def test_the_answers_of_ended_requests_are_not_kept(folders, engine) -> None:
+    """They are not stored, and may be a hundred times as long as the prompt."""
+    with server_parts(folders, 64 * EXTENT) as (_, port):
+        one = engine(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"), "one", follows=True)
+        router, ids = Publisher(one), tokens(100, 1)
+        chain = one.chain(ids)
+        asked = SimpleNamespace(id="r", chain=chain, hit=None, request=SimpleNamespace(all_token_ids=list(ids)))
+        router.events.looked_up(asked)
+        asked.request.all_token_ids += tokens(1000, 2)
+        router.events.ended(asked)
+        prompt = router.events._known.prompt("r", chain)
+        assert prompt is not None and prompt.tokens == ids[:96] and len(prompt.blocks or ()) == 3
+        one.store(ids)
+        router.until(lambda: router.told(ids))
+
+
 def test_a_server_that_tells_nothing_is_published_as_having_nothing() -> None:
     """One of an older version: what it has now may be gone at any time, and nobody would hear of it."""
     session = SimpleNamespace(is_told=False, news=deque(), restarts=0)

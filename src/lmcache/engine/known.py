@@ -112,6 +112,13 @@ class Known:
         self._keep(name, prompt, (prompt.noted - first) * size)
         self._forget_oldest()
 
+    def ended(self, prompt: Prompt) -> None:
+        """Keep only what was noted of a prompt that grows no more: the engine's lists also hold the answer, which may be long."""
+        if prompt.tokens is not None and prompt.blocks is not None:
+            tokens = prompt.noted * prompt.chain.chunk_tokens
+            prompt.tokens = list(prompt.tokens[:tokens])
+            prompt.blocks = list(prompt.blocks[: tokens // self.block_tokens])
+
     def has(self, key: bytes, medium: int) -> None:
         """Note that this chunk is there. If it is a known one, its blocks are told as stored, and those of the chunks after it
         that are there."""

@@ -76,6 +76,17 @@ class KVEvents:
         except Exception:
             self._fail()
 
+    def ended(self, asked: Asked) -> None:
+        """Note that a request has ended."""
+        if asked.chain is None or self._failed:
+            return
+        try:
+            prompt = self._known.prompt(asked.id, asked.chain)
+            if prompt is not None:
+                self._known.ended(prompt)
+        except Exception:
+            self._fail()
+
     def own_cache_emptied(self) -> None:
         """Note that vLLM has published that its own cache is empty: routers then forget all media of the engine."""
         if not self._failed:
