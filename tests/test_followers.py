@@ -89,17 +89,29 @@ def test_a_full_queue_is_dropped_and_that_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(followers, "CHUNKS_OF_ANSWER", 4)
     one = Follower(0)
     assert one.take() == m.News([], False)
-    assert one.add("stored", b"a" * 16 * 3) and one.add("stored", b"b" * 16) and one.add("removed", b"")
+    assert one.add("stored", b"a" * 16 * 3) and one.add("stored", b"b" * 16) and one.add("lost", b"")
     assert one.add("stored", b"c" * 16 * 2)
     assert one.take() == m.News([("stored", b"a" * 48 + b"b" * 16)], False)
-    assert one.take() == m.News([("removed", b""), ("stored", b"c" * 32)], False)
+    assert one.take() == m.News([("lost", b""), ("stored", b"c" * 32)], False)
     assert one.take() == m.News([], False) and one.chunks == 0
-    for _ in range(9):
-        one.add("removed", b"")
+    assert one.add("stored", b"a" * 16 * 9)
     assert not one.add("stored", b"d" * 16)
     one.add("stored", b"e" * 16)
     assert one.take() == m.News([("stored", b"e" * 16)], True), "the newer ones are told"
     assert one.take() == m.News([], False)
+
+
+def test_a_clear_makes_void_what_has_waited_of_the_same_place() -> None:
+    one = Follower(0)
+    one.add("written", b"a" * 32)
+    for _ in range(100):
+        one.add("stored", b"b" * 16)
+        one.add("removed", b"")
+    one.add("stored", b"c" * 16)
+    assert one.chunks == 3 + 1 + 2
+    assert one.take() == m.News([("written", b"a" * 32), ("removed", b""), ("stored", b"c" * 16)], False)
+    one.add("lost", b"")
+    assert one.take() == m.News([("lost", b"")], False) and one.chunks == 0
 
 
 def test_nobody_listens_unless_an_engine_follows(folders, engine) -> None:

@@ -25,6 +25,8 @@ MOST_CHUNKS = 65536
 CHUNKS_OF_ANSWER = 16384
 _MOST_PARTS = 65536
 """Bound of the chunks of which tiers have some shards and not all, as far as events have told."""
+_OF_L1, _OF_TIERS = ("stored", "removed"), ("written", "lost")
+"""Changes, by where the chunks are."""
 _L1_KINDS = "stored", "evicted"
 _TIER_KINDS = "written", "loaded", "load_failed"
 
@@ -42,6 +44,8 @@ class Follower:
     def add(self, change: Change, hashes: bytes) -> bool:
         """Return False if the queue was full, and has been emptied."""
         chunks = len(hashes) // HASH_BYTES
+        if not hashes:
+            self._void(change)
         if self.chunks + chunks >= MOST_CHUNKS:
             self.changes.clear()
             self.chunks, self.incomplete = 0, True
@@ -53,6 +57,13 @@ class Follower:
             self.changes.append((change, bytearray(hashes)))
             self.chunks += chunks + 1
         return True
+
+    def _void(self, change: Change) -> None:
+        """Drop the changes that one of all chunks makes void, so that few of these wait: each costs the engine a walk over all
+        chunks that it knows."""
+        void = _OF_L1 if change in _OF_L1 else _OF_TIERS
+        self.changes = deque(one for one in self.changes if one[0] not in void)
+        self.chunks = sum(len(hashes) // HASH_BYTES + 1 for _, hashes in self.changes)
 
     def take(self) -> News:
         """Return the oldest changes, as many as one answer holds."""
