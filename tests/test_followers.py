@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmcache.chunks import split_hashes
+from lmcache.chunks import TokenChain, chunk_root, split_hashes
 from lmcache.engine import Requests
 from lmcache.engine.known import L1, TIERS, Told
 from lmcache.integration.vllm.kv_events import KVEvents
@@ -297,8 +297,12 @@ def test_a_server_that_tells_nothing_is_published_as_having_nothing() -> None:
     requests = SimpleNamespace(session=session, resets=0)
     events = KVEvents(requests, 32, Blocks())  # type: ignore[arg-type]
     request = SimpleNamespace(all_token_ids=list(range(64)))
-    chain = SimpleNamespace(hashes=bytes(64), chunk_tokens=16, parent=lambda chunk: b"", __len__=lambda: 4)
-    events.looked_up(SimpleNamespace(id="r", chain=chain, hit=SimpleNamespace(chunks=4), request=request))
+    chain = TokenChain(chunk_root(b"f" * 16), 16)
+    chain.extend(request.all_token_ids)
+    asked = SimpleNamespace(id="r", chain=chain, hit=SimpleNamespace(chunks=4), request=request)
+    events.looked_up(asked)
+    events.stores(asked)
+    assert not events._failed and events._known.prompt("r", chain) is None, "nothing is noted, at every step again"
     assert events.take() == []
 
 

@@ -69,8 +69,9 @@ class KVEvents:
 
     def stores(self, asked: Asked) -> None:
         """Note that a request stores chunks: the server tells when they are complete."""
-        if asked.chain is None or self._failed:
-            return
+        session = self._requests.session
+        if session is None or asked.chain is None or self._failed or not session.is_told:
+            return  # what would be noted now would be forgotten again at this step's end
         try:
             self._note(asked)
         except Exception:
@@ -89,8 +90,12 @@ class KVEvents:
 
     def own_cache_emptied(self) -> None:
         """Note that vLLM has published that its own cache is empty: routers then forget all media of the engine."""
-        if not self._failed:
+        if self._failed:
+            return
+        try:
             self._known.tell_again()
+        except Exception:
+            self._fail()
 
     def take(self) -> list[Any]:
         """Return the events since the last call."""
