@@ -312,3 +312,27 @@ def test_an_error_ends_the_events_and_nothing_else(caplog: pytest.LogCaptureFixt
     assert events.take() == [] == events.take()
     assert caplog.text.count("publishes no KV events any more") == 1
     assert split_hashes(b"") == []
+
+
+def test_an_error_while_all_is_told_again_does_not_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = SimpleNamespace(is_told=True, news=deque(), restarts=0, ask_news=lambda: None)
+    events = KVEvents(SimpleNamespace(session=session, resets=0), 32, Blocks())  # type: ignore[arg-type]
+    monkeypatch.setattr(events, "_known", SimpleNamespace())
+    events.own_cache_emptied()
+    assert events._failed and events.take() == []
+
+
+def test_news_that_a_reconnect_voids_while_it_is_taken_is_no_error() -> None:
+    """The connection's thread may empty the news at any time."""
+
+    class Emptied(deque[Any]):
+        def popleft(self) -> Any:
+            self.clear()
+            return super().popleft()
+
+    session = SimpleNamespace(is_told=True, news=Emptied([("stored", bytes(16))]), restarts=1, ask_news=lambda: None)
+    events = KVEvents(SimpleNamespace(session=session, resets=0), 32, Blocks())  # type: ignore[arg-type]
+    assert events.take() == []
+    session.restarts = 0
+    session.news.append(("stored", bytes(16)))
+    assert events.take() == [] and not events._failed

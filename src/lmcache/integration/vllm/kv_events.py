@@ -6,6 +6,7 @@ of the same kind, so a router sees one cache with several media.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 from typing import Any, Protocol
 
@@ -118,16 +119,15 @@ class KVEvents:
 
     def _keep_up(self, session: Any) -> None:
         """Forget what was told by another server, or before a reset."""
-        while self._restarts != session.restarts and session.news:
-            self._take_one(session.news.popleft())
+        while self._restarts != session.restarts and (one := _oldest(session.news)) is not None:
+            self._take_one(one)
         if self._resets != self._requests.resets:
             self._resets = self._requests.resets
             self._known.forget()
 
     def _take_in(self, session: Any) -> None:
         room = CHUNKS_OF_STEP
-        while session.news and room > 0:
-            one = session.news.popleft()
+        while room > 0 and (one := _oldest(session.news)) is not None:
             if not isinstance(one, int) and len(one[1]) > 16 * room:
                 session.news.appendleft((one[0], one[1][16 * room :]))
                 one = one[0], one[1][: 16 * room]
@@ -164,3 +164,11 @@ class KVEvents:
         """Publish nothing any more. What has been published stays, so routers may send this engine prompts that it computes."""
         self._failed = True
         logger.exception("LMCache publishes no KV events any more for this engine, which runs on: they failed")
+
+
+def _oldest(news: deque[Any]) -> Any:
+    """Take the oldest piece of news; None if there is none, since the connection's thread may have emptied it just now."""
+    try:
+        return news.popleft()
+    except IndexError:
+        return None
