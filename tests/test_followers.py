@@ -114,6 +114,15 @@ def test_a_clear_makes_void_what_has_waited_of_the_same_place() -> None:
     assert one.take() == m.News([("lost", b"")], False) and one.chunks == 0
 
 
+def test_an_answer_holds_a_bounded_number_of_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full server stores and evicts in turns, so each change is of few chunks."""
+    monkeypatch.setattr(followers, "CHANGES_OF_ANSWER", 3)
+    one, turns = Follower(0), [("stored", b"a" * 16), ("removed", b"b" * 16)] * 2
+    for change, hashes in turns:
+        one.add(change, hashes)  # type: ignore[arg-type]
+    assert one.take() == m.News(turns[:3], False) and one.take() == m.News(turns[3:], False) and one.chunks == 0  # type: ignore[arg-type]
+
+
 def test_nobody_listens_unless_an_engine_follows(folders, engine) -> None:
     with server_parts(folders, 64 * EXTENT) as (service, port):
         address = SimpleNamespace(address=f"tcp://127.0.0.1:{port}")

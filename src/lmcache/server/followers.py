@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 MOST_CHUNKS = 65536
 """Bound of the chunks that wait for one engine to ask, and of the changes. 1 MiB of hashes."""
-CHUNKS_OF_ANSWER = 16384
+CHUNKS_OF_ANSWER, CHANGES_OF_ANSWER = 16384, 512
+"""Bounds of one answer. A change takes the server's loop up to two microseconds, however few chunks it has."""
 _MOST_PARTS = 65536
 """Bound of the chunks of which tiers have some shards and not all, as far as events have told."""
 _OF_L1, _OF_TIERS = ("stored", "removed"), ("written", "lost")
@@ -68,7 +69,7 @@ class Follower:
     def take(self) -> News:
         """Return the oldest changes, as many as one answer holds."""
         taken, room = list[tuple[Change, bytes]](), CHUNKS_OF_ANSWER * HASH_BYTES
-        while self.changes and room:
+        while self.changes and room and len(taken) < CHANGES_OF_ANSWER:
             change, hashes = self.changes[0]
             part = bytes(hashes[:room])
             if len(part) < len(hashes):
