@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmcache.chunks import split_hashes
+from lmcache.chunks import TokenChain, chunk_root, split_hashes
 from lmcache.engine import Requests
 from lmcache.engine.known import L1, TIERS, Told
 from lmcache.integration.vllm.kv_events import KVEvents
@@ -89,17 +89,38 @@ def test_a_full_queue_is_dropped_and_that_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(followers, "CHUNKS_OF_ANSWER", 4)
     one = Follower(0)
     assert one.take() == m.News([], False)
-    assert one.add("stored", b"a" * 16 * 3) and one.add("stored", b"b" * 16) and one.add("removed", b"")
+    assert one.add("stored", b"a" * 16 * 3) and one.add("stored", b"b" * 16) and one.add("lost", b"")
     assert one.add("stored", b"c" * 16 * 2)
     assert one.take() == m.News([("stored", b"a" * 48 + b"b" * 16)], False)
-    assert one.take() == m.News([("removed", b""), ("stored", b"c" * 32)], False)
+    assert one.take() == m.News([("lost", b""), ("stored", b"c" * 32)], False)
     assert one.take() == m.News([], False) and one.chunks == 0
-    for _ in range(9):
-        one.add("removed", b"")
+    assert one.add("stored", b"a" * 16 * 9)
     assert not one.add("stored", b"d" * 16)
     one.add("stored", b"e" * 16)
     assert one.take() == m.News([("stored", b"e" * 16)], True), "the newer ones are told"
     assert one.take() == m.News([], False)
+
+
+def test_a_clear_makes_void_what_has_waited_of_the_same_place() -> None:
+    one = Follower(0)
+    one.add("written", b"a" * 32)
+    for _ in range(100):
+        one.add("stored", b"b" * 16)
+        one.add("removed", b"")
+    one.add("stored", b"c" * 16)
+    assert one.chunks == 3 + 1 + 2
+    assert one.take() == m.News([("written", b"a" * 32), ("removed", b""), ("stored", b"c" * 16)], False)
+    one.add("lost", b"")
+    assert one.take() == m.News([("lost", b"")], False) and one.chunks == 0
+
+
+def test_an_answer_holds_a_bounded_number_of_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full server stores and evicts in turns, so each change is of few chunks."""
+    monkeypatch.setattr(followers, "CHANGES_OF_ANSWER", 3)
+    one, turns = Follower(0), [("stored", b"a" * 16), ("removed", b"b" * 16)] * 2
+    for change, hashes in turns:
+        one.add(change, hashes)  # type: ignore[arg-type]
+    assert one.take() == m.News(turns[:3], False) and one.take() == m.News(turns[3:], False) and one.chunks == 0  # type: ignore[arg-type]
 
 
 def test_nobody_listens_unless_an_engine_follows(folders, engine) -> None:
@@ -164,6 +185,48 @@ def test_tiers_are_told_as_storage(folders, engine) -> None:
         assert router.told(ids, L1)
 
 
+def test_a_write_that_a_clear_overtakes_is_not_told(folders, engine, monkeypatch) -> None:
+    with server_parts(folders, 64 * EXTENT, l2=[f"disk://{folders('/tmp')}?max_gb=1"]) as (service, port):
+        one = engine(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"), "one", follows=True)
+        runner, ended, cleared, ids = service.tiering.runners[0], list[Any](), list[Any](), tokens(96, 1)
+        store = runner.store
+
+        def held(shards: Any, done: Any) -> None:
+            store(shards, lambda *how: ended.append(lambda: done(*how)))
+
+        monkeypatch.setattr(runner, "store", held)
+        service.loop.ask(lambda: runner.tell_drops(None), PATIENCE)  # as a tier that does not know what it drops
+        router = Publisher(one)
+        router.look_up(ids)
+        one.store(ids)
+        eventually(lambda: ended)
+        service.loop.ask(lambda: service.tiering.clear(None, cleared.append), PATIENCE)
+        eventually(lambda: cleared)
+        monkeypatch.setattr(runner, "store", store)
+        service.loop.ask(lambda: [one() for one in ended], PATIENCE)
+        router.look_up(tokens(96, 2), "later")
+        one.store(tokens(96, 2))
+        router.until(lambda: router.told(tokens(96, 2), TIERS))
+        assert not router.told(ids, TIERS), "the write's shards are removed again"
+
+
+def test_what_a_full_disk_tier_drops_is_told(folders, engine) -> None:
+    """Nobody asks for it again, and a lookup would find nothing to load that could fail."""
+    with server_parts(folders, 64 * EXTENT, l2=[f"disk://{folders('/tmp')}?max_gb=0.001"]) as (service, port):
+        one = engine(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"), "one", follows=True)
+        router, ids = Publisher(one), tokens(96, 1)
+        router.look_up(ids)
+        one.store(ids)
+        router.until(lambda: router.told(ids, TIERS))
+        for seed in range(2, 80):
+            one.store(tokens(160, seed))
+        router.until(lambda: not router.has[TIERS])
+        tier = service.tiering.runners[0].tier
+        assert tier.dropped is not None
+        one.close()
+        eventually(lambda: tier.dropped is None)
+
+
 def test_all_shards_of_a_chunk_make_it_stored_in_a_tier() -> None:
     heard = followers.Followers(SimpleNamespace(space=lambda number: SimpleNamespace(shards=2)), Counter())  # type: ignore[arg-type]
     a, b = bytes(16), b"b" * 16
@@ -221,14 +284,34 @@ def test_vllms_own_cache_emptied_tells_everything_again(folders, engine) -> None
         assert router.removed == 3 and router.told(ids)
 
 
+def test_the_answers_of_ended_requests_are_not_kept(folders, engine) -> None:
+    """They are not stored, and may be a hundred times as long as the prompt."""
+    with server_parts(folders, 64 * EXTENT) as (_, port):
+        one = engine(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"), "one", follows=True)
+        router, ids = Publisher(one), tokens(100, 1)
+        chain = one.chain(ids)
+        asked = SimpleNamespace(id="r", chain=chain, hit=None, request=SimpleNamespace(all_token_ids=list(ids)))
+        router.events.looked_up(asked)
+        asked.request.all_token_ids += tokens(1000, 2)
+        router.events.ended(asked)
+        prompt = router.events._known.prompt("r", chain)
+        assert prompt is not None and prompt.tokens == ids[:96] and len(prompt.blocks or ()) == 3
+        one.store(ids)
+        router.until(lambda: router.told(ids))
+
+
 def test_a_server_that_tells_nothing_is_published_as_having_nothing() -> None:
     """One of an older version: what it has now may be gone at any time, and nobody would hear of it."""
     session = SimpleNamespace(is_told=False, news=deque(), restarts=0)
     requests = SimpleNamespace(session=session, resets=0)
     events = KVEvents(requests, 32, Blocks())  # type: ignore[arg-type]
     request = SimpleNamespace(all_token_ids=list(range(64)))
-    chain = SimpleNamespace(hashes=bytes(64), chunk_tokens=16, parent=lambda chunk: b"", __len__=lambda: 4)
-    events.looked_up(SimpleNamespace(id="r", chain=chain, hit=SimpleNamespace(chunks=4), request=request))
+    chain = TokenChain(chunk_root(b"f" * 16), 16)
+    chain.extend(request.all_token_ids)
+    asked = SimpleNamespace(id="r", chain=chain, hit=SimpleNamespace(chunks=4), request=request)
+    events.looked_up(asked)
+    events.stores(asked)
+    assert not events._failed and events._known.prompt("r", chain) is None, "nothing is noted, at every step again"
     assert events.take() == []
 
 
@@ -238,3 +321,27 @@ def test_an_error_ends_the_events_and_nothing_else(caplog: pytest.LogCaptureFixt
     assert events.take() == [] == events.take()
     assert caplog.text.count("publishes no KV events any more") == 1
     assert split_hashes(b"") == []
+
+
+def test_an_error_while_all_is_told_again_does_not_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = SimpleNamespace(is_told=True, news=deque(), restarts=0, ask_news=lambda: None)
+    events = KVEvents(SimpleNamespace(session=session, resets=0), 32, Blocks())  # type: ignore[arg-type]
+    monkeypatch.setattr(events, "_known", SimpleNamespace())
+    events.own_cache_emptied()
+    assert events._failed and events.take() == []
+
+
+def test_news_that_a_reconnect_voids_while_it_is_taken_is_no_error() -> None:
+    """The connection's thread may empty the news at any time."""
+
+    class Emptied(deque[Any]):
+        def popleft(self) -> Any:
+            self.clear()
+            return super().popleft()
+
+    session = SimpleNamespace(is_told=True, news=Emptied([("stored", bytes(16))]), restarts=1, ask_news=lambda: None)
+    events = KVEvents(SimpleNamespace(session=session, resets=0), 32, Blocks())  # type: ignore[arg-type]
+    assert events.take() == []
+    session.restarts = 0
+    session.news.append(("stored", bytes(16)))
+    assert events.take() == [] and not events._failed

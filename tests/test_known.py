@@ -122,6 +122,23 @@ def test_what_is_forgotten_is_told_as_removed_before(chunk: int, block: int) -> 
     assert 1 <= known_at_once <= most
 
 
+def test_what_follows_a_chunk_that_was_forgotten_and_noted_again_goes_with_it() -> None:
+    engine = Engine(1, 4, 4, most_blocks=2)
+    engine.note(1, [0] * 4)
+    engine.note(1, [0] * 8)
+    engine.note(2, [1] * 4)  # for which the oldest chunk is forgotten, and not the one after it
+    engine.known.most_blocks = 99
+    engine.note(3, [0] * 4 + [2] * 4)
+    first, second = split_hashes(engine.chains[1].hashes)
+    engine.known.has(first, L1)
+    engine.known.has(second, L1)
+    engine.router.take(engine.known)
+    assert len(engine.router.has[L1]) == 2
+    engine.known.gone(first, L1)
+    engine.router.take(engine.known)
+    assert not engine.router.has[L1]
+
+
 def test_a_prompt_is_told_in_one_event_and_in_order() -> None:
     engine = Engine(1, 4, 4)
     tokens = list(range(40))

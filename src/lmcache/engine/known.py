@@ -112,6 +112,13 @@ class Known:
         self._keep(name, prompt, (prompt.noted - first) * size)
         self._forget_oldest()
 
+    def ended(self, prompt: Prompt) -> None:
+        """Keep only what was noted of a prompt that grows no more: the engine's lists also hold the answer, which may be long."""
+        if prompt.tokens is not None and prompt.blocks is not None:
+            tokens = prompt.noted * prompt.chain.chunk_tokens
+            prompt.tokens = list(prompt.tokens[:tokens])
+            prompt.blocks = list(prompt.blocks[: tokens // self.block_tokens])
+
     def has(self, key: bytes, medium: int) -> None:
         """Note that this chunk is there. If it is a known one, its blocks are told as stored, and those of the chunks after it
         that are there."""
@@ -120,6 +127,9 @@ class Known:
             return
         chunk.has |= medium
         above = self._chunks.get(chunk.parent) if chunk.number else None
+        if above is not None:  # which may have been forgotten and noted again since this chunk was noted
+            above.children = above.children or {}
+            above.children[key] = None
         if not chunk.number or (above is not None and above.told & medium):
             self._tell(key, medium)
 

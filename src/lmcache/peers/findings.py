@@ -48,7 +48,7 @@ class Finding:
         return [anybody[at] > 0 for at in map(self._places.__getitem__, map(_CHUNK, keys))]
 
     def states(self) -> tuple[list[bytes], list[bytes]]:
-        """Return the chunks that some peer has, and those that are only coming: engines of the peers that told of them store them."""
+        """Return the chunks that some peer has, and those that are only coming, because an engine stores them."""
         told = list(self._present.values())
         if not any(m.COMING in one for one in told):
             return list(self._places), []

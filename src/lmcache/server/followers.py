@@ -7,7 +7,8 @@ space, nobody listens to the events of L1.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from lmcache.cache import L1, Event
 from lmcache.chunks import HASH_BYTES, split_hashes
@@ -15,11 +16,18 @@ from lmcache.tiers import ABSENT
 from lmcache.tiers.frame import DAMAGE
 from lmcache.wire.messages import Change, News
 
+if TYPE_CHECKING:
+    from lmcache.server.tier_runner import TierRunner
+    from lmcache.tiers import ShardKey
+
 MOST_CHUNKS = 65536
 """Bound of the chunks that wait for one engine to ask, and of the changes. 1 MiB of hashes."""
-CHUNKS_OF_ANSWER = 16384
+CHUNKS_OF_ANSWER, CHANGES_OF_ANSWER = 16384, 512
+"""Bounds of one answer. A change takes the server's loop up to two microseconds, however few chunks it has."""
 _MOST_PARTS = 65536
 """Bound of the chunks of which tiers have some shards and not all, as far as events have told."""
+_OF_L1, _OF_TIERS = ("stored", "removed"), ("written", "lost")
+"""Changes, by where the chunks are."""
 _L1_KINDS = "stored", "evicted"
 _TIER_KINDS = "written", "loaded", "load_failed"
 
@@ -37,6 +45,8 @@ class Follower:
     def add(self, change: Change, hashes: bytes) -> bool:
         """Return False if the queue was full, and has been emptied."""
         chunks = len(hashes) // HASH_BYTES
+        if not hashes:
+            self._void(change)
         if self.chunks + chunks >= MOST_CHUNKS:
             self.changes.clear()
             self.chunks, self.incomplete = 0, True
@@ -49,10 +59,17 @@ class Follower:
             self.chunks += chunks + 1
         return True
 
+    def _void(self, change: Change) -> None:
+        """Drop the changes that one of all chunks makes void, so that few of these wait: each costs the engine a walk over all
+        chunks that it knows."""
+        void = _OF_L1 if change in _OF_L1 else _OF_TIERS
+        self.changes = deque(one for one in self.changes if one[0] not in void)
+        self.chunks = sum(len(hashes) // HASH_BYTES + 1 for _, hashes in self.changes)
+
     def take(self) -> News:
         """Return the oldest changes, as many as one answer holds."""
         taken, room = list[tuple[Change, bytes]](), CHUNKS_OF_ANSWER * HASH_BYTES
-        while self.changes and room:
+        while self.changes and room and len(taken) < CHANGES_OF_ANSWER:
             change, hashes = self.changes[0]
             part = bytes(hashes[:room])
             if len(part) < len(hashes):
@@ -71,8 +88,8 @@ class Followers:
     """The followers of all spaces, and what they are to be told. counters: `news_chunks` counts chunks queued for an engine, and
     `news_overflows` how often a queue was full."""
 
-    def __init__(self, l1: L1, counters: Counter[str]) -> None:
-        self._l1, self._counters = l1, counters
+    def __init__(self, l1: L1, counters: Counter[str], runners: Sequence[TierRunner] = ()) -> None:
+        self._l1, self._counters, self._runners = l1, counters, runners
         self._followers: dict[int, Follower] = {}
         """By process."""
         self._parts: OrderedDict[tuple[int, str, bytes], int] = OrderedDict()
@@ -83,12 +100,16 @@ class Followers:
         if not self._followers:
             self._l1.events.listen(_L1_KINDS + _TIER_KINDS, self._heard)
             self._l1.events.listen(["cleared"], self._heard, named=False)
+            for runner in self._runners:
+                runner.tell_drops(self._dropped)
         self._followers[process] = Follower(space)
 
     def leave(self, process: int) -> None:
         """Forget a process that has ended."""
         if self._followers.pop(process, None) is not None and not self._followers:
             self._l1.events.ignore(self._heard)
+            for runner in self._runners:
+                runner.tell_drops(None)
             self._parts.clear()
 
     def take(self, process: int) -> News:
@@ -114,6 +135,15 @@ class Followers:
             for chunk in split_hashes(event.hashes):
                 self._parts.pop((event.space, event.tier, chunk), None)
             self._tell(event.space, "lost", event.hashes)
+
+    def _dropped(self, tier: str, keys: list[ShardKey]) -> None:
+        """Note that a tier has dropped these shards, most likely to make room. Other tiers may have the chunks still."""
+        for space in self._l1.spaces:
+            mine = (key.chunk for key in keys if (key.space, key.shards) == (space.fingerprint, space.shards))
+            if chunks := list(dict.fromkeys(mine)):
+                for chunk in chunks:
+                    self._parts.pop((space.number, tier, chunk), None)
+                self._tell(space.number, "lost", b"".join(chunks))
 
     def _tell(self, space: int, change: Change, hashes: bytes) -> None:
         for follower in self._of(space):

@@ -68,7 +68,7 @@ class Service:
         self._payload = PayloadCopies(loop, l1, self.sessions, workers, self.counters)
         self._parked = ParkedPulls(loop, l1, self._answer_pull, self.counters)
         self._drop_reasons: set[str] = set()
-        self.followers = Followers(l1, self.counters)
+        self.followers = Followers(l1, self.counters, tiering.runners if tiering is not None else ())
         self.sessions.on_gone.append(self.followers.leave)
         self._answers: dict[type, Callable[[Peer, Any], m.Message]] = {
             m.Ping: lambda peer, request: m.Ok(),

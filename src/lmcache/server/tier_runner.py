@@ -121,6 +121,14 @@ class TierRunner:
             self._failed(error, None)
             return None
 
+    def tell_drops(self, listener: Callable[[str, list[ShardKey]], None] | None) -> None:
+        """Call the listener from now on, in the loop's thread, with the tier's name and the shards that the tier has dropped, as
+        far as the tier knows that. None: call nobody."""
+        if listener is None:
+            self.tier.dropped = None
+        else:
+            self.tier.dropped = lambda keys: self._loop.call_soon(partial(listener, self.name, keys))
+
     def usage(self) -> Usage:
         """Return the tier's usage, or the last one that it told."""
         try:

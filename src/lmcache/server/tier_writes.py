@@ -33,6 +33,8 @@ _MOST_USED = 65536
 """Chunks that are told to the tiers as used in that time."""
 TIER_FAILED = "tier failed"
 """Outcome of the shards of an operation that failed."""
+CLEARED = "cleared"
+"""Outcome of the shards of a write that ended after a clear of the tier, which removes them again."""
 _WRITE = "written", "write_failed"
 """Kinds of events: of good outcomes, and of the others."""
 
@@ -148,9 +150,10 @@ class Writes:
     def _written(
         self, runner: TierRunner, batch: Batch, sizes: dict[ShardKey, int], outcomes: list[str] | None, cleared: bool
     ) -> None:
+        by, reported = (SERVER, runner.name, ""), [TIER_FAILED] * len(sizes) if outcomes is None else outcomes
         if cleared and not self.closed:  # some of the batch may have been stored after the clear
             runner.remove(list(sizes))
-        by, reported = (SERVER, runner.name, ""), [TIER_FAILED] * len(sizes) if outcomes is None else outcomes
+            reported = [CLEARED] * len(sizes)
         emit_outcomes(self._l1.events, _WRITE, batch.space, by, list(sizes), reported)
         if outcomes is None:
             runner.queue.put_back(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -98,6 +98,9 @@ class TierBase(ABC):
 
     read_only: ClassVar[bool] = False
     """Whether it only reads: what it has is written, removed and cleared by somebody else."""
+    dropped: Callable[[list[ShardKey]], None] | None = None
+    """Set while somebody wants to hear which shards the tier drops. A tier that knows calls it then, from any thread. It returns
+    at once, and raises nothing."""
 
     @classmethod
     @abstractmethod

@@ -71,17 +71,33 @@ class KVEvents:
 
     def stores(self, asked: Asked) -> None:
         """Note that a request stores chunks: the server tells when they are complete."""
-        if asked.chain is None or self._failed:
-            return
+        session = self._requests.session
+        if session is None or asked.chain is None or self._failed or not session.is_told:
+            return  # what would be noted now would be forgotten again at this step's end
         try:
             self._note(asked)
         except Exception:
             self._fail()
 
+    def ended(self, asked: Asked) -> None:
+        """Note that a request has ended."""
+        if asked.chain is None or self._failed:
+            return
+        try:
+            prompt = self._known.prompt(asked.id, asked.chain)
+            if prompt is not None:
+                self._known.ended(prompt)
+        except Exception:
+            self._fail()
+
     def own_cache_emptied(self) -> None:
         """Note that vLLM has published that its own cache is empty: routers then forget all media of the engine."""
-        if not self._failed:
+        if self._failed:
+            return
+        try:
             self._known.tell_again()
+        except Exception:
+            self._fail()
 
     def take(self) -> list[Any]:
         """Return the events since the last call."""
@@ -104,8 +120,8 @@ class KVEvents:
 
     def _keep_up(self, session: Any) -> None:
         """Forget what was told by another server, or before a reset."""
-        while self._restarts != session.restarts and session.news:
-            self._take_one(session.news.popleft())
+        while self._restarts != session.restarts and (one := _oldest(session.news)) is not None:
+            self._take_one(one)
         if self._resets != self._requests.resets:
             self._resets = self._requests.resets
             self._forget()
@@ -116,9 +132,11 @@ class KVEvents:
 
     def _take_in(self, session: Any) -> None:
         room = CHUNKS_OF_STEP
-        while room > 0 and (self._found or session.news):
+        while room > 0:
             waiting = self._found or session.news
-            one = waiting.popleft()
+            one = _oldest(waiting)
+            if one is None:
+                break
             if not isinstance(one, int) and len(one[1]) > 16 * room:
                 waiting.appendleft((one[0], one[1][16 * room :]))
                 one = one[0], one[1][: 16 * room]
@@ -155,3 +173,11 @@ class KVEvents:
         """Publish nothing any more. What has been published stays, so routers may send this engine prompts that it computes."""
         self._failed = True
         logger.exception("LMCache publishes no KV events any more for this engine, which runs on: they failed")
+
+
+def _oldest(news: deque[Any]) -> Any:
+    """Take the oldest piece of news; None if there is none, since the connection's thread may have emptied it just now."""
+    try:
+        return news.popleft()
+    except IndexError:
+        return None

@@ -307,6 +307,8 @@ class SchedulerSide:
         name = request.request_id
         self._running.discard(name)
         tracker = self.requests.finish(name, request.num_computed_tokens if self._can_store else 0)
+        if tracker is not None and self.events is not None:
+            self.events.ended(tracker)
         loads = any(load.request_id == name and not load.synchronous for load in self.requests.loading.values())
         if tracker is None or not tracker.jobs or loads:  # vLLM frees the blocks when the load has ended
             return False

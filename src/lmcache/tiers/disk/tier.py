@@ -311,6 +311,8 @@ class DiskTier(Tier):
         """Record removals in the journal, then free the places. `_give_back` returns their blocks to the file system."""
         for some in _parts(list(rows)):
             self._journal.append((REMOVE, places([self._index.place(row) for row in some])))
+            if (dropped := self.dropped) is not None:
+                dropped([ShardKey.unpack(self._index.key(row)) for row in some])
             for row in some:
                 self._segments.free(self._index.place(row), self._index.payload(row))
                 self._index.remove(row)
