@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import sys
 import threading
 import urllib.error
@@ -13,10 +14,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import anyio
 import pytest
 
+from lmcache.cli.main import main
 from lmcache.errors import ConfigError
-from lmcache.proxy import app
+from lmcache.proxy import app, upstream
 from lmcache.proxy.upstream import AVOIDED_SECONDS, in_turn, parse_engines
 from ports import free_port
 from servers import PATIENCE, Process, eventually
@@ -227,7 +230,7 @@ def test_an_answer_that_breaks_off_is_not_taken_for_complete(bed: Callable[..., 
 
 
 def test_an_engine_that_hangs_costs_the_timeout(bed: Callable[..., Bed]) -> None:
-    one = bed(timeout="0.5")
+    one = bed(timeout="3")  # in which the engine that does not hang has to answer
     one.prefill[0].go.clear()
     one.decode[0].go.clear()
     assert one.post({"prompt": "a"})[1]["from"] == "d2"
@@ -254,10 +257,87 @@ def test_wrong_requests(bed: Callable[..., Bed], monkeypatch: pytest.MonkeyPatch
     assert one.get("/health")[0] == 200
 
 
+def test_a_header_that_is_not_ascii_is_passed_on_as_it_is(bed: Callable[..., Bed]) -> None:
+    one = bed()
+    assert one.post({"prompt": "a"}, authorization="Bearer \u00e9")[0] == 200
+    assert one.decode[0].headers[0]["authorization"] == "Bearer \u00e9"
+
+
+def test_a_port_that_is_taken_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        flags = ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:1", "--port", port]
+        assert main(["proxy", *flags]) != 0
+    assert f"--port {port}: cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_a_prefill_engine_that_takes_no_connections_is_replaced_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "CONNECT_SECONDS", 0.01)
+
+    async def hangs(*_: Any) -> None:
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr(anyio, "connect_tcp", hangs)
+
+    async def connect() -> None:
+        async with upstream.call(*parse_engines("--prefill", "http://a"), "POST", "/", {}, b"", 600.0):
+            pass
+
+    with pytest.raises(ConnectionError, match="no connection"):  # no `TimeoutError`, after which no other one is asked
+        anyio.run(connect)
+
+
+def ask(body: list[bytes], hang_up: bool = False) -> list[int]:
+    """What a proxy without engines answers to a body in these parts."""
+    sent: list[int] = []
+
+    async def run() -> None:
+        parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]
+        parts[-1]["more_body"] = hang_up
+
+        async def receive() -> Any:
+            if parts:
+                return parts.pop(0)
+            if not hang_up:
+                await anyio.sleep_forever()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.extend([message["status"]] if "status" in message else [])
+
+        proxy = app.Proxy([], [], 600.0)
+        for _ in range(2):  # the first one is not held any more
+            held = list(parts)
+            await proxy({"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}, receive, send)
+            parts[:] = held
+
+    anyio.run(run)
+    return sent
+
+
+def test_bodies_are_bounded_together_and_in_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "MOST_HELD_BYTES", 30)
+    monkeypatch.setattr(app, "MOST_COMMAS", 3)
+    assert ask([b'{"a": ', b"[1, 2, 3, 4]}"]) == [502, 502], "it is read, and there is no engine"
+    assert ask([b'{"a": ', b"[1, 2, 3, 4, 5]}"]) == [413, 413]
+    assert ask([b'{"a": ', b" " * 30, b"1}"]) == [503, 503]
+    assert ask([b'{"a": 1}'], hang_up=True) == [], "a request that has not come whole is not begun"
+
+
 def test_urls_of_engines() -> None:
     one, other = parse_engines("--decode", "http://h:1/base/, http://[::1]:2")
     assert (str(one), other.host, other.port) == ("http://h:1/base", "::1", 2)
-    for text in ("", "h:1", "https://h", "ftp://h", "http://", "http://h:x", "http://u@h", "http://h:0"):
+    for text in (
+        "",
+        "h:1",
+        "https://h",
+        "ftp://h",
+        "http://",
+        "http://h:x",
+        "http://u@h",
+        "http://h:0",
+        "http://h/a b",
+    ):
         with pytest.raises(ConfigError, match="--decode"):
             parse_engines("--decode", text)
 

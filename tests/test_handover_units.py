@@ -185,3 +185,18 @@ def test_what_a_rank_could_not_store_is_promised_no_more(server: Servers, engine
     assert plan is not None and one.counters()["promised_chunks"] == 13
     gives.requests.stored(plan.job_id)  # the rank reports its end without having stored anything
     eventually(lambda: not one.counters()["promised_chunks"])
+
+
+def test_what_a_rank_could_not_store_before_the_request_ended_is_promised_no_more(
+    server: Servers, engine: Engines
+) -> None:
+    one = server(chunk=CHUNK)
+    gives, ids = Bed(engine(one), name="first", loads=False), prompt(3, 200)
+    gives.requests.prefill.tokens_per_second = 0.01  # so that the promise would last
+    request = gives.open("a", tail_leaves=1, stores_tail=True)
+    gives.requests.find(request, ids)
+    plan = gives.requests.store(request, ids, 200, ends=True)
+    assert plan is not None and one.counters()["promised_chunks"] == 13
+    gives.requests.stored(plan.job_id)  # the rank reports its end without having stored anything
+    gives.requests.finish("a")
+    eventually(lambda: not one.counters()["promised_chunks"])

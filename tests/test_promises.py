@@ -15,7 +15,13 @@ from lmcache.cache import L1, SERVER
 from lmcache.cache import promises as module
 from lmcache.cache.announcing import FILL_SECONDS
 from lmcache.cache.fetch import ENDED_SECONDS, Ask, Fetches
-from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, slack_seconds
+from lmcache.cache.load_cost import (
+    AWAIT_SLACK,
+    AWAIT_TOLERANCE,
+    UNPACED_QUIET_SECONDS,
+    UNPACED_WAIT_SECONDS,
+    slack_seconds,
+)
 from lmcache.cache.promises import (
     MAX_PROMISED,
     NOTHING,
@@ -333,6 +339,17 @@ def test_an_engine_that_only_decodes_waits_at_the_other_ones_pace(engines: Engin
     prompt = chain(10)
     engines.ask(1, prompt, rate=RATE / 10)  # a second for each chunk
     assert engines.waited(2, prompt, rate=0.0) == pytest.approx(20.0 + UNPACED_WAIT_SECONDS, abs=0.02)
+    assert engines.outcomes == ["late"]
+
+
+def test_an_engine_that_only_decodes_does_not_wait_for_silence_at_a_pace_that_cannot_be(engines: Engines) -> None:
+    prompt = chain(10)
+    engines.ask(1, prompt, rate=RATE / 1e6)  # a day for each chunk
+    assert engines.ask(2, prompt, rate=0.0) == 10
+    engines.later(0.9 * UNPACED_QUIET_SECONDS)
+    engines.store(1, prompt[:16])
+    bound = UNPACED_QUIET_SECONDS + UNPACED_WAIT_SECONDS
+    assert engines.waited(2, prompt, rate=0.0) == pytest.approx(bound, abs=0.02)
     assert engines.outcomes == ["late"]
 
 

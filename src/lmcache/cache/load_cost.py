@@ -19,6 +19,8 @@ that begin at the same time have the same time before them, and their measured p
 UNPACED_WAIT_SECONDS = 0.5
 """An engine whose own pace is not known waits for another engine while chunks become complete at least this often, and for twice
 the time that the other one's pace suggests. Decode engines compute no prompts, so they never have a pace."""
+UNPACED_QUIET_SECONDS = 30.0
+"""It waits no longer than this without a new chunk, whatever pace the other one has stated: that one may hang, or be wrong."""
 _WINDOW_SECONDS = 4.0
 """Older measurements lose half their weight whenever the tier has been busy for so many seconds more."""
 _HALF_LIFE_SECONDS = 5.0

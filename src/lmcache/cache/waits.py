@@ -15,7 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lmcache.cache.load_cost import AWAIT_SLACK, AWAIT_TOLERANCE, UNPACED_WAIT_SECONDS, Pace, slack_seconds
+from lmcache.cache.load_cost import (
+    AWAIT_SLACK,
+    AWAIT_TOLERANCE,
+    UNPACED_QUIET_SECONDS,
+    UNPACED_WAIT_SECONDS,
+    Pace,
+    slack_seconds,
+)
 from lmcache.cache.promises import Asker, Coming
 from lmcache.chunks import HASH_BYTES, split_hashes
 
@@ -316,7 +323,8 @@ class Waits:
             return now - fetch.began > self._patience(fetch)
         due = fetch.due[fetch.arrived]
         if not fetch.wanted.prefill_seconds:  # an engine that has only decoded so far: the other one's pace has to do
-            return now - max(fetch.progress, fetch.began + 2 * (due or 0.0)) > UNPACED_WAIT_SECONDS
+            quiet_until = min(fetch.began + 2 * (due or 0.0), fetch.progress + UNPACED_QUIET_SECONDS)
+            return now - max(fetch.progress, quiet_until) > UNPACED_WAIT_SECONDS
         recompute = fetch.recompute_seconds
         slack = AWAIT_SLACK * slack_seconds(recompute)
         own = recompute if due is None else max(2 * due, _FAIR_TRY * recompute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 
 from lmcache.cli.verbs import Verbs, add
 from lmcache.errors import ConfigError
@@ -45,14 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
         if not 0 < getattr(arguments, flag) < (65536 if flag == "port" else 1 << 20):
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(arguments, flag)}: must be positive, and smaller")
     prefill, decode = parse_engines("--prefill", arguments.prefill), parse_engines("--decode", arguments.decode)
+    listener = _listen(arguments.host, arguments.port)
     set_level("INFO")
     where = f"http://{arguments.host}:{arguments.port}"
     init_logger(__name__).info("LMCache proxy: %s for %d prefill, %d decode engines", where, len(prefill), len(decode))
     server = uvicorn.Server(
         uvicorn.Config(
             Proxy(prefill, decode, arguments.timeout),
-            host=arguments.host,
-            port=arguments.port,
             http="h11",
             ws="none",
             lifespan="off",
@@ -64,5 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
             timeout_graceful_shutdown=30,
         )
     )
-    server.run()
+    server.run([listener])
     return 0 if server.started else 1
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
+        )
+    except OSError as error:
+        raise ConfigError(f"--port {port}: cannot listen on {host}: {error.strerror}: pass another") from error

@@ -383,12 +383,13 @@ class Requests(Generic[RequestT]):
         return request
 
     def _withdraw(self, request: RequestT) -> None:
-        """Tell the server if the request waits no longer, or stores less than it has announced. What its running stores bring
-        is still promised, so that whoever asks for it now waits for them."""
+        """Tell the server if the request waits no longer, or stores no more of what it has announced: ranks may have failed to
+        store it. What running stores bring is still promised, so that whoever asks for it now waits for them."""
         less = request.promised > request.stored + bool(request.tail)
-        if (request.wait is not None or less) and self.session is not None:
+        ended = request.promised > 0 and not request.jobs
+        if (request.wait is not None or less or ended) and self.session is not None:
             self.session.withdraw(str(request.id))
-        if less or not request.jobs:
+        if less or ended:
             request.promised = 0
 
     def forgone(self, tokens: int) -> None:

@@ -21,6 +21,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 PATHS = "/v1/completions", "/v1/chat/completions"
 MOST_BODY_BYTES = 64 << 20
+MOST_HELD_BYTES = 256 << 20
+"""The bodies of all requests together. Each takes several times its size while it is read and written as JSON."""
+MOST_COMMAS = 1 << 20
+"""In a body, as it comes before each value but the first: millions of values take seconds, in which nothing else is served."""
 _PASSED_ON = "authorization", "x-request-id", "traceparent"
 """The headers of a request that the engines get."""
 _ANSWERED = b"content-type", b"x-request-id"
@@ -32,6 +36,7 @@ class Proxy:
 
     def __init__(self, prefill: Sequence[Engine], decode: Sequence[Engine], seconds: float) -> None:
         self._prefill_engines, self._decode_engines, self._seconds = prefill, decode, seconds
+        self._held_bytes = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         path, method = scope.get("path", ""), scope.get("method", "")
@@ -45,13 +50,36 @@ class Proxy:
             await _answer(send, 404, _error(f"there is POST {' and '.join(PATHS)}, GET /v1/models and /health"))
         elif method != "POST":
             await _answer(send, 405, _error(f"{path} is called with POST"))
-        elif (body := await _body(receive)) is None:
-            await _answer(send, 413, _error(f"the request is larger than {MOST_BODY_BYTES >> 20} MiB"))
         else:
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
+        parts, size, more = [], 0, True
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                part, more = message.get("body", b""), message.get("more_body", False)
+                parts.append(part)
+                size, self._held_bytes = size + len(part), self._held_bytes + len(part)
+                if size > MOST_BODY_BYTES:
+                    await _answer(send, 413, _error(f"the request is larger than {MOST_BODY_BYTES >> 20} MiB"))
+                    return
+                if self._held_bytes > MOST_HELD_BYTES:
+                    await _answer(send, 503, _error("too many large requests are running: try again later"))
+                    return
+            body = b"".join(parts)
+            parts.clear()
+            if body.count(b",") > MOST_COMMAS:
+                await _answer(send, 413, _error(f"the request has more than {MOST_COMMAS} commas"))
+                return
             async with anyio.create_task_group() as group:
                 group.start_soon(_end_with_client, receive, group.cancel_scope)
-                await self._complete(path, _headers(scope), body, send)
+                await self._complete(scope["path"], _headers(scope), body, send)
                 group.cancel_scope.cancel()
+        finally:
+            self._held_bytes -= size
 
     async def _complete(self, path: str, headers: dict[str, str], body: bytes, send: Send) -> None:
         try:
@@ -106,18 +134,6 @@ class Proxy:
 def _headers(scope: Message) -> dict[str, str]:
     given = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
     return {"Content-Type": "application/json"} | {name: given[name] for name in _PASSED_ON if name in given}
-
-
-async def _body(receive: Receive) -> bytes | None:
-    """Return the body of a request, None if it is too large."""
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        size, more = size + len(parts[-1]), message.get("more_body", False)
-        if size > MOST_BODY_BYTES:
-            return None
-    return b"".join(parts)
 
 
 async def _end_with_client(receive: Receive, scope: anyio.CancelScope) -> None:

@@ -48,8 +48,9 @@ def parse_engines(flag: str, text: str) -> list[Engine]:
         try:
             if parts.scheme != "http" or not parts.hostname or parts.username or parts.query or parts.port == 0:
                 raise ValueError
+            h11.Request(method="GET", target=parts.path or "/", headers=[("Host", parts.hostname)])
             engines.append(Engine(parts.hostname, parts.port or 80, parts.path.rstrip("/")))
-        except ValueError:
+        except (ValueError, h11.LocalProtocolError):
             raise ConfigError(f"{flag} {url}: must be like http://127.0.0.1:8100, without a path such as /v1") from None
     if not engines:
         raise ConfigError(f"{flag} {text!r}: name at least one engine, such as http://127.0.0.1:8100")
@@ -101,14 +102,21 @@ async def call(
     may send nothing. Raises one of `FAILURES`."""
     engine.running, engine.used = engine.running + 1, engine.used + 1
     try:
-        with anyio.fail_after(CONNECT_SECONDS):
-            stream = await anyio.connect_tcp(engine.host, engine.port)
+        try:
+            with anyio.fail_after(CONNECT_SECONDS):
+                stream = await anyio.connect_tcp(engine.host, engine.port)
+        except TimeoutError:  # not `seconds`, for which an engine may work
+            raise ConnectionError(f"no connection within {CONNECT_SECONDS:g} s") from None
         async with stream:
             protocol = h11.Connection(h11.CLIENT)
-            sent = {"Host": f"{engine.host}:{engine.port}", "Connection": "close", **headers}
-            head = h11.Request(
-                method=method, target=engine.path + path, headers=[*sent.items(), ("Content-Length", str(len(body)))]
-            )
+            sent = {
+                "Host": f"{engine.host}:{engine.port}",
+                "Connection": "close",
+                **headers,
+                "Content-Length": str(len(body)),
+            }
+            fields = [(name.encode(), value.encode("latin-1")) for name, value in sent.items()]
+            head = h11.Request(method=method, target=engine.path + path, headers=fields)
             raw = (protocol.send(head) or b"") + (protocol.send(h11.Data(body)) or b"")
             with anyio.fail_after(seconds):
                 await stream.send(raw + (protocol.send(h11.EndOfMessage()) or b""))
