@@ -102,12 +102,14 @@ class Proxy:
         once |= {"max_tokens": 1, "stream": False, "kv_transfer_params": {"do_remote_decode": True}}
         for engine in in_turn(self._prefill_engines, anyio.current_time()):
             try:
-                async with call(engine, "POST", path, headers, json.dumps(once).encode(), self._seconds) as answer:
-                    if answer.status < 500:
-                        return _params(await _whole(answer))
+                with anyio.fail_after(self._seconds):  # for the complete answer, however slowly it comes
+                    async with call(engine, "POST", path, headers, json.dumps(once).encode(), self._seconds) as answer:
+                        if answer.status < 500:
+                            return _params(await _whole(answer))
                 logger.warning("The prefill engine %s answered %d", engine, answer.status)
             except TimeoutError:
                 logger.warning("The prefill engine %s has not answered within %g s", engine, self._seconds)
+                engine.failed = anyio.current_time()
                 break
             except FAILURES as error:
                 logger.warning("The prefill engine %s has failed: %s", engine, error or type(error).__name__)
