@@ -212,6 +212,35 @@ def test_records_keep_the_latest_and_page() -> None:
     assert select(kept.blocks(), request="d-1999") == ([], 0)
 
 
+def kept(most_bytes: int = 1 << 20, tiers: tuple[str, ...] = ("disk",)) -> tuple[Events, Accounts]:
+    """Accounts that remember, and the stream that they listen to."""
+    events = Events()
+    return events, Accounts(events, CHUNK, lambda: 100.0, lambda: 1e9, most_bytes, tiers)
+
+
+def tell_stored(events: Events, hashes: bytes) -> None:
+    events.tell(Event("stored", 0, len(hashes) // 16, process=1, hashes=hashes, parents=bytes(16) + hashes[:-16]))
+
+
+def told(events: Events, accounts: Accounts, hashes: bytes, found: int = 0, why: str = "absent", **more: Any) -> Record:
+    """The record of a lookup that found so many leading chunks in L1, and no more for this reason."""
+    events.tell(Event("missed", 0, 1, why, 1))
+    events.tell(Event("answered", 0, len(hashes) // 16, "", 1, "", "r", hashes=hashes, found=found, **more))
+    assert not events.counters["failed_effects"]
+    return select(accounts.records.blocks(), limit=1)[0][0]
+
+
+def test_a_beginning_that_is_in_l1_for_longer_than_is_remembered_was_stored_all_the_same() -> None:
+    events, accounts = kept()
+    trunk = chain(1, 10)
+    tell_stored(events, trunk)
+    for number in range(50):
+        tell_stored(events, chain(100 + number, 100))
+    one = told(events, accounts, trunk + chain(2, 5), found=10)
+    assert (one.missed, one.reason, one.chunk) == ({"differs": 80}, "differs", 10)
+    assert told(events, accounts, chain(3, 5)).reason == "never_seen"
+
+
 def test_with_no_memory_it_only_counts() -> None:
     events = Events()
     accounts = Accounts(events, CHUNK, lambda: 1.0, lambda: 2.0)

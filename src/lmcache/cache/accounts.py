@@ -186,7 +186,7 @@ class Accounts:
             keys = keys_of(event.hashes)
             if not usable:
                 self._twin = self._twin_of(event, keys)
-            runs, known = self._why_missing(keys, usable, why, fetch)
+            runs, known = self._why_missing(keys, usable, event.found, why, fetch)
             for reason, count in runs:
                 missed[reason] = missed.get(reason, 0) + count * size
         self._fit_end(tokens - asked * size, found, missed)
@@ -198,7 +198,7 @@ class Accounts:
         if self._seen is not None:
             reason, chunk = (runs[0][0], usable) if runs else (next(iter(missed)), asked) if missed else ("", -1)
             if reason == "differs":
-                chunk = self._never_seen(keys_of(event.hashes), usable)[1]
+                chunk = self._never_seen(keys_of(event.hashes), usable, event.found)[1]
             if event.found:
                 self._seen.used(
                     now, int.from_bytes(event.hashes[16 * event.found - 16 : 16 * event.found - 8], byteorder)
@@ -275,9 +275,10 @@ class Accounts:
     # Reasons
 
     def _why_missing(
-        self, keys: Sequence[int], first: int, why: str, fetch: FetchRecord | None
+        self, keys: Sequence[int], first: int, in_l1: int, why: str, fetch: FetchRecord | None
     ) -> tuple[list[Run], Known | None]:
-        """Return the reasons of the chunks from number `first` on, each with how many chunks, and what is known of the first."""
+        """Return the reasons of the chunks from number `first` on, each with how many chunks, and what is known of the first.
+        in_l1: so many leading chunks are in L1."""
         asked, last = len(keys), _OF_L1.get(why, "")
         if why in _NO_LEASE:
             return [("no_lease", asked - first)], None
@@ -294,16 +295,20 @@ class Accounts:
             runs.append((last, count))
             at += count
         if at < asked:
-            runs.append((last if last in _OF_L1.values() else self._never_seen(keys, at)[0], asked - at))
+            runs.append((last if last in _OF_L1.values() else self._never_seen(keys, at, in_l1)[0], asked - at))
         return runs, self._seen.get(keys[first])
 
-    def _never_seen(self, keys: Sequence[int], chunk: int) -> tuple[str, int]:
+    def _never_seen(self, keys: Sequence[int], chunk: int, in_l1: int) -> tuple[str, int]:
         """Return the reason of a chunk that was never stored, and the first chunk of the prompt that was not. A chunk
-        that follows one that was never stored was not stored either."""
+        that follows one that was never stored was not stored either. Those in L1 were stored, even if `seen` has forgotten it."""
         seen = self._seen
         assert seen is not None
-        first = bisect_left(range(chunk), True, key=lambda one: seen.get(keys[one]) is None)
+        first = bisect_left(range(chunk), True, lo=min(in_l1, chunk), key=lambda one: seen.get(keys[one]) is None)
         before = seen.get(keys[first - 1]) if first else None
+        if (
+            before is None and first
+        ):  # it is older than all that is remembered, and still used: many prompts begin with it
+            return "differs", first
         if before is None:
             return "other_identity" if self._twin is not None else "never_seen", chunk
         return "differs" if before.continued else "longer", first
