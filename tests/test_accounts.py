@@ -17,6 +17,7 @@ from lmcache.cache.events import Event, Events
 from lmcache.cache.reasons import REASONS
 from lmcache.cache.records import Record, Records, select
 from lmcache.cache.seen import ENTRY_BYTES, EVICTED, LOST, STORED, Seen, keys_of
+from lmcache.cache.waits import FetchRecord
 from lmcache.cli.main import main
 from lmcache.wire import messages as m
 from servers import Raw, Server, eventually
@@ -239,6 +240,21 @@ def test_a_beginning_that_is_in_l1_for_longer_than_is_remembered_was_stored_all_
     one = told(events, accounts, trunk + chain(2, 5), found=10)
     assert (one.missed, one.reason, one.chunk) == ({"differs": 80}, "differs", 10)
     assert told(events, accounts, chain(3, 5)).reason == "never_seen"
+
+
+def tell_fetched(events: Events, hashes: bytes, outcome: str, planned: dict[int, int], arrived: int = 0) -> None:
+    fetch = FetchRecord(hashes[-16:], 0, len(hashes) // 16, 0, None, ("r",), Counter(planned))
+    fetch.outcome, fetch.arrived_chunks, fetch.ended = outcome, arrived, 100.0
+    events.tell(Event("fetched", 0, fetch.asked_chunks, outcome, request="r", fetch=fetch))
+
+
+def test_too_many_waiting_lookups_are_a_reason() -> None:
+    events, accounts = kept()
+    hashes = chain(1, 4)
+    tell_stored(events, hashes)
+    events.tell(Event("evicted", 0, 4, hashes=hashes, wanted_by=0))
+    tell_fetched(events, hashes, "too many", {})
+    assert told(events, accounts, hashes).missed == {"tier_busy": 64}
 
 
 def test_with_no_memory_it_only_counts() -> None:

@@ -369,6 +369,8 @@ def _gone_reason(state: int, fetch: FetchRecord | None) -> str:
     whys = set(fetch.left_out.values()) if fetch is not None and not fetch.planned else set()
     if whys & {"not serving", "failed"}:
         return "tier_down"
+    if fetch is not None and fetch.outcome == "too many":
+        return "tier_busy"
     return "tier_slow" if "late answer" in whys else "tier_not_worth" if whys else "evicted"
 
 
@@ -385,6 +387,5 @@ def _fetch_reason(fetch: FetchRecord) -> str:
     return {
         NO_GAIN: "tier_not_worth",
         "patience": "tier_slow",
-        "too many": "tier_busy",
         "promise ended": "awaited_in_vain",
     }.get(fetch.outcome, "")
