@@ -17,7 +17,7 @@ from lmcache.cache.events import Event, Events
 from lmcache.cache.reasons import REASONS
 from lmcache.cache.records import Record, Records, select
 from lmcache.cache.seen import ENTRY_BYTES, EVICTED, LOST, STORED, Seen, keys_of
-from lmcache.cache.waits import FetchRecord
+from lmcache.cache.waits import AWAITED, FetchRecord
 from lmcache.cli.main import main
 from lmcache.wire import messages as m
 from servers import Raw, Server, eventually
@@ -255,6 +255,18 @@ def test_too_many_waiting_lookups_are_a_reason() -> None:
     events.tell(Event("evicted", 0, 4, hashes=hashes, wanted_by=0))
     tell_fetched(events, hashes, "too many", {})
     assert told(events, accounts, hashes).missed == {"tier_busy": 64}
+
+
+def test_what_another_engine_owes_after_a_tier_has_delivered_is_not_the_tiers_fault() -> None:
+    for arrived, outcome, reason in (
+        (4, "late", "awaited_in_vain"),
+        (4, "patience", "awaited_in_vain"),
+        (3, "late", "tier_slow"),
+    ):
+        events, accounts = kept()
+        hashes = chain(1, 8)
+        tell_fetched(events, hashes, outcome, {0: 4, AWAITED: 4}, arrived)
+        assert told(events, accounts, hashes, found=arrived).missed == {reason: 16 * (8 - arrived)}, outcome
 
 
 def test_with_no_memory_it_only_counts() -> None:

@@ -376,7 +376,8 @@ def _gone_reason(state: int, fetch: FetchRecord | None) -> str:
 
 def _fetch_reason(fetch: FetchRecord) -> str:
     """Return why the planned chunks of a fetch that have not arrived are missing; "" if nothing was planned for them."""
-    awaited = set(fetch.planned) == {AWAITED}
+    of_tiers = fetch.planned.total() - fetch.planned[AWAITED]  # they come first, as a rule
+    awaited = AWAITED in fetch.planned and fetch.arrived_chunks >= of_tiers
     if fetch.outcome == "failed" or (fetch.outcome == "late" and not awaited):
         failures = {name.partition(":")[2] for name in fetch.events if name.startswith("load_failed")}
         if failures & set(_DAMAGE):
