@@ -269,6 +269,25 @@ def test_what_another_engine_owes_after_a_tier_has_delivered_is_not_the_tiers_fa
         assert told(events, accounts, hashes, found=arrived).missed == {reason: 16 * (8 - arrived)}, outcome
 
 
+def test_only_what_is_stored_under_another_name_is_told() -> None:
+    hashes, other = chain(1, 4), chain(2, 4)
+    fates = {
+        "stored": "other_identity",
+        "evicted": "never_seen",
+        "cleared": "never_seen",
+        "dropped": "never_seen",
+    }
+    for fate, reason in fates.items():
+        events, accounts = kept()
+        told(events, accounts, hashes, text=b"the same")
+        if fate != "dropped":
+            tell_stored(events, hashes)
+        if fate != "stored":
+            events.tell(Event(fate, 0, 4, process=1, hashes=hashes))
+        one = told(events, accounts, other, text=b"the same")
+        assert (one.reason, bool(one.twin)) == (reason, fate == "stored"), fate
+
+
 def test_with_no_memory_it_only_counts() -> None:
     events = Events()
     accounts = Accounts(events, CHUNK, lambda: 1.0, lambda: 2.0)

@@ -20,7 +20,7 @@ from lmcache.cache.claims import SERVER
 from lmcache.cache.events import Event, Events
 from lmcache.cache.reasons import REASONS, SOURCES
 from lmcache.cache.records import Record, Records
-from lmcache.cache.seen import CLEARED, ENTRY_BYTES, EVICTED, LOST, Known, Seen, keys_of
+from lmcache.cache.seen import CLEARED, ENTRY_BYTES, EVICTED, LOST, STORED, Known, Seen, keys_of
 from lmcache.cache.waits import AWAITED, NO_GAIN, FetchRecord
 from lmcache.chunks import HASH_BYTES
 
@@ -233,8 +233,10 @@ class Accounts:
         if self._seen is None or not event.text or not keys:
             return None
         other = self._texts.get(event.text)
-        if other is not None and other.key != keys[0] and self._seen.get(other.key) is not None:
-            return other
+        if other is not None and other.key != keys[0]:
+            known = self._seen.get(other.key)
+            if known is not None and known.state == STORED and known.cleared is None:
+                return other
         self._texts[event.text] = Twin(keys[0], event.space, self._who(event.process)[1])
         if len(self._texts) > self._most_texts:
             self._texts.popitem(last=False)
