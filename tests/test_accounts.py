@@ -288,6 +288,15 @@ def test_only_what_is_stored_under_another_name_is_told() -> None:
         assert (one.reason, bool(one.twin)) == (reason, fate == "stored"), fate
 
 
+def test_a_tier_that_is_named_as_another_source_loses_no_tokens() -> None:
+    events, accounts = kept(tiers=("engine",))
+    hashes = chain(1, 8)
+    events.tell(Event("waits", 0, 4, "", 1, "", "r", hashes=hashes))
+    events.tell(Event("stored", 0, 8, tier="engine", hashes=hashes, parents=bytes(16) + hashes[:-16]))
+    told(events, accounts, hashes, found=8, have=2)
+    assert accounts.requested == 128 == accounts.found.total()
+
+
 def test_with_no_memory_it_only_counts() -> None:
     events = Events()
     accounts = Accounts(events, CHUNK, lambda: 1.0, lambda: 2.0)

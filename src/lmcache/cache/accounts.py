@@ -177,7 +177,8 @@ class Accounts:
         usable, runs, known, fetch = max(event.found, own), list[Run](), None, None
         found = {"engine": own * size} if own else {}
         if usable > own:
-            found |= {source: count * size for source, count in self._sources(event, own, in_l1, usable)}
+            for source, count in self._sources(event, own, in_l1, usable):
+                found[source] = found.get(source, 0) + count * size  # a tier may be named `engine`
         self._forget_arrived()
         if usable < asked or since != now:
             fetch = self._fetch_of(event, since)
