@@ -297,6 +297,24 @@ def test_a_tier_that_is_named_as_another_source_loses_no_tokens() -> None:
     assert accounts.requested == 128 == accounts.found.total()
 
 
+def test_a_lookup_that_waits_and_never_asks_again_is_forgotten() -> None:
+    events, now = Events(), [100.0]
+    accounts = Accounts(events, CHUNK, lambda: now[0], lambda: 1e9, 1 << 20)
+    given_up, hashes = chain(1, 4), chain(2, 4)
+    for number, one in enumerate((given_up, hashes)):
+        events.tell(Event("waits", 0, 4, "", 1, hashes=one))
+        now[0] += 500.0 * (1 - number)
+    tell_stored(events, hashes)
+    told(events, accounts, hashes, found=4)
+    assert len(accounts.waiting) == 2 and accounts._arrived
+    now[0] += 101.0
+    told(events, accounts, hashes, found=4)
+    assert len(accounts.waiting) == 1, "the one that waits for less than ten minutes"
+    now[0] += 500.0
+    told(events, accounts, hashes, found=4)
+    assert not accounts.waiting and not accounts._arrived
+
+
 def test_with_no_memory_it_only_counts() -> None:
     events = Events()
     accounts = Accounts(events, CHUNK, lambda: 1.0, lambda: 2.0)

@@ -26,6 +26,8 @@ from lmcache.chunks import HASH_BYTES
 
 MOST_WAITING = 65536
 """Lookups that may wait at the same time; of more, the oldest are accounted as if they had not waited."""
+MOST_WAIT_SECONDS = 600.0
+"""A lookup that has waited for so long asks no more: its engine has gone on without telling."""
 MOST_ARRIVED = 262_144
 """Chunks whose origin is noted while lookups wait; further ones count as L1's."""
 MOST_FETCHES = 1024
@@ -159,6 +161,12 @@ class Accounts:
         self.waiting.setdefault(_name(event), (self._now(), event.found))
         if len(self.waiting) > MOST_WAITING:
             self.waiting.popitem(last=False)
+        self._forget_old(self._now())
+
+    def _forget_old(self, now: float) -> None:
+        """Forget lookups without an id that were given up, since nobody says so."""
+        while self.waiting and next(iter(self.waiting.values()))[0] < now - MOST_WAIT_SECONDS:
+            self.waiting.popitem(last=False)
 
     def _fetched(self, event: Event) -> None:
         fetch = event.fetch
@@ -173,6 +181,7 @@ class Accounts:
         now, asked, have, size, why = self._now(), event.chunks, event.have, self._chunk_tokens, self._why
         self._why, self._twin = "", None
         since, in_l1 = self.waiting.pop(_name(event), (now, asked)) if self.waiting else (now, asked)
+        self._forget_old(now)
         tokens, own = self._tokens(event), min(have, asked)
         usable, runs, known, fetch = max(event.found, own), list[Run](), None, None
         found = {"engine": own * size} if own else {}
