@@ -19,6 +19,7 @@ from lmcache.cache.records import Record, Records, select
 from lmcache.cache.seen import ENTRY_BYTES, EVICTED, LOST, STORED, Seen, keys_of
 from lmcache.cache.waits import AWAITED, FetchRecord
 from lmcache.cli.main import main
+from lmcache.engine import Loading
 from lmcache.wire import messages as m
 from servers import Raw, Server, eventually
 from test_requests import CHUNK, Bed
@@ -359,6 +360,24 @@ def test_why_explains_to_people(server: Servers, engine: Engines, capsys: pytest
     )
     assert main(["why", "nobody", "--url", url]) == 1 and "No record" in capsys.readouterr().out
     assert main(["why", "--since", "soon", "--url", url]) == 2
+
+
+def test_a_request_whose_wait_takes_too_long_is_counted_once(server: Servers, engine: Engines) -> None:
+    cache = server(chunk=CHUNK)
+    one, two = (Bed(engine(cache, name), name=name) for name in ("one", "two"))
+    one.requests.prefill.tokens_per_second = two.requests.prefill.tokens_per_second = 1.0
+    ids = list(range(64))
+    one.requests.find(one.open("first"), ids)
+    second = two.open("second")
+    assert isinstance(two.requests.find(second, ids), Loading), "for what the other engine computes"
+    two.requests.finish("second")
+    second = two.open("second")
+    assert two.requests.find(second, ids, wait=True, wait_seconds=-1.0) is None, "no longer"
+    one.requests.finish("first")
+    two.now += 10.0
+    two.requests.find(second, ids, wait=True)
+    two.requests.finish("second")
+    assert totals(cache)[0] == 128, "both once"
 
 
 def test_array_has_eight_bytes_a_number() -> None:
