@@ -7,6 +7,8 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from lmcache.cache.waits import AWAITED, FetchRecord
 from lmcache.cli.main import main
 from lmcache.engine import Loading
 from lmcache.wire import messages as m
-from servers import Raw, Server, eventually
+from servers import Raw, Server, eventually, server_parts
 from test_requests import CHUNK, Bed
 
 Servers, Engines = Callable[..., Server], Callable[..., Engine]
@@ -378,6 +380,24 @@ def test_a_request_whose_wait_takes_too_long_is_counted_once(server: Servers, en
     two.requests.find(second, ids, wait=True)
     two.requests.finish("second")
     assert totals(cache)[0] == 128, "both once"
+
+
+def test_hits_that_are_accounted_for_later_keep_no_extents(folders: Callable[[str], Path]) -> None:
+    with server_parts(folders, 32 << 20) as (service, _):
+        hashes, found = chain(1, 1000), list[Any]()
+
+        def ask() -> list[Any]:
+            l1 = service.l1
+            l1.join(900, "one")
+            space = l1.open_space(900, bytes(16), 1, 0, 4096)
+            l1.commit(0.0, 900, l1.reserve(0.0, 900, space, 0, b"", True, hashes).reservation, True)
+            peer: Any = SimpleNamespace(process=900, held_bytes=0)
+            service.handle(peer, m.Lookup(space, hashes), [], lambda answer, frames: found.append(answer))
+            return [part for call in service.loop._idle for part in call.args]  # type: ignore[attr-defined]
+
+        kept = service.loop.ask(ask)
+        assert found[0].chunks == 1000 and len(found[0].extents) == 4000
+        assert 1000 in kept and not any(isinstance(part, tuple) for part in kept)
 
 
 def test_array_has_eight_bytes_a_number() -> None:
