@@ -400,5 +400,18 @@ def test_hits_that_are_accounted_for_later_keep_no_extents(folders: Callable[[st
         assert 1000 in kept and not any(isinstance(part, tuple) for part in kept)
 
 
+def test_a_summary_says_that_older_records_are_lost(server: Servers, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = server(chunk=CHUNK, flags=("--records-mb", "0.02"))
+    raw, said = Raw(cache), list[str]()
+    for number in range(600):
+        raw.ask(m.Lookup(raw.space, b"", request=f"r{number}", tokens=3))
+        if number in (99, 599):
+            assert main(["why", "--summary", "--since", "1h", "--url", f"http://127.0.0.1:{cache.http_port}"]) == 0
+            said.append(capsys.readouterr().out)
+    raw.close()
+    assert "300 tokens were looked up" in said[0] and "overwritten" not in said[0]
+    assert "overwritten" in said[1]
+
+
 def test_array_has_eight_bytes_a_number() -> None:
     assert array("Q").itemsize == 8
