@@ -7,6 +7,8 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +19,11 @@ from lmcache.cache.events import Event, Events
 from lmcache.cache.reasons import REASONS
 from lmcache.cache.records import Record, Records, select
 from lmcache.cache.seen import ENTRY_BYTES, EVICTED, LOST, STORED, Seen, keys_of
+from lmcache.cache.waits import AWAITED, FetchRecord
 from lmcache.cli.main import main
+from lmcache.engine import Loading
 from lmcache.wire import messages as m
-from servers import Raw, Server, eventually
+from servers import Raw, Server, eventually, server_parts
 from test_requests import CHUNK, Bed
 
 Servers, Engines = Callable[..., Server], Callable[..., Engine]
@@ -212,6 +216,108 @@ def test_records_keep_the_latest_and_page() -> None:
     assert select(kept.blocks(), request="d-1999") == ([], 0)
 
 
+def kept(most_bytes: int = 1 << 20, tiers: tuple[str, ...] = ("disk",)) -> tuple[Events, Accounts]:
+    """Accounts that remember, and the stream that they listen to."""
+    events = Events()
+    return events, Accounts(events, CHUNK, lambda: 100.0, lambda: 1e9, most_bytes, tiers)
+
+
+def tell_stored(events: Events, hashes: bytes) -> None:
+    events.tell(Event("stored", 0, len(hashes) // 16, process=1, hashes=hashes, parents=bytes(16) + hashes[:-16]))
+
+
+def told(events: Events, accounts: Accounts, hashes: bytes, found: int = 0, why: str = "absent", **more: Any) -> Record:
+    """The record of a lookup that found so many leading chunks in L1, and no more for this reason."""
+    events.tell(Event("missed", 0, 1, why, 1))
+    events.tell(Event("answered", 0, len(hashes) // 16, "", 1, "", "r", hashes=hashes, found=found, **more))
+    assert not events.counters["failed_effects"]
+    return select(accounts.records.blocks(), limit=1)[0][0]
+
+
+def test_a_beginning_that_is_in_l1_for_longer_than_is_remembered_was_stored_all_the_same() -> None:
+    events, accounts = kept()
+    trunk = chain(1, 10)
+    tell_stored(events, trunk)
+    for number in range(50):
+        tell_stored(events, chain(100 + number, 100))
+    one = told(events, accounts, trunk + chain(2, 5), found=10)
+    assert (one.missed, one.reason, one.chunk) == ({"differs": 80}, "differs", 10)
+    assert told(events, accounts, chain(3, 5)).reason == "never_seen"
+
+
+def tell_fetched(events: Events, hashes: bytes, outcome: str, planned: dict[int, int], arrived: int = 0) -> None:
+    fetch = FetchRecord(hashes[-16:], 0, len(hashes) // 16, 0, None, ("r",), Counter(planned))
+    fetch.outcome, fetch.arrived_chunks, fetch.ended = outcome, arrived, 100.0
+    events.tell(Event("fetched", 0, fetch.asked_chunks, outcome, request="r", fetch=fetch))
+
+
+def test_too_many_waiting_lookups_are_a_reason() -> None:
+    events, accounts = kept()
+    hashes = chain(1, 4)
+    tell_stored(events, hashes)
+    events.tell(Event("evicted", 0, 4, hashes=hashes, wanted_by=0))
+    tell_fetched(events, hashes, "too many", {})
+    assert told(events, accounts, hashes).missed == {"tier_busy": 64}
+
+
+def test_what_another_engine_owes_after_a_tier_has_delivered_is_not_the_tiers_fault() -> None:
+    for arrived, outcome, reason in (
+        (4, "late", "awaited_in_vain"),
+        (4, "patience", "awaited_in_vain"),
+        (3, "late", "tier_slow"),
+    ):
+        events, accounts = kept()
+        hashes = chain(1, 8)
+        tell_fetched(events, hashes, outcome, {0: 4, AWAITED: 4}, arrived)
+        assert told(events, accounts, hashes, found=arrived).missed == {reason: 16 * (8 - arrived)}, outcome
+
+
+def test_only_what_is_stored_under_another_name_is_told() -> None:
+    hashes, other = chain(1, 4), chain(2, 4)
+    fates = {
+        "stored": "other_identity",
+        "evicted": "never_seen",
+        "cleared": "never_seen",
+        "dropped": "never_seen",
+    }
+    for fate, reason in fates.items():
+        events, accounts = kept()
+        told(events, accounts, hashes, text=b"the same")
+        if fate != "dropped":
+            tell_stored(events, hashes)
+        if fate != "stored":
+            events.tell(Event(fate, 0, 4, process=1, hashes=hashes))
+        one = told(events, accounts, other, text=b"the same")
+        assert (one.reason, bool(one.twin)) == (reason, fate == "stored"), fate
+
+
+def test_a_tier_that_is_named_as_another_source_loses_no_tokens() -> None:
+    events, accounts = kept(tiers=("engine",))
+    hashes = chain(1, 8)
+    events.tell(Event("waits", 0, 4, "", 1, "", "r", hashes=hashes))
+    events.tell(Event("stored", 0, 8, tier="engine", hashes=hashes, parents=bytes(16) + hashes[:-16]))
+    told(events, accounts, hashes, found=8, have=2)
+    assert accounts.requested == 128 == accounts.found.total()
+
+
+def test_a_lookup_that_waits_and_never_asks_again_is_forgotten() -> None:
+    events, now = Events(), [100.0]
+    accounts = Accounts(events, CHUNK, lambda: now[0], lambda: 1e9, 1 << 20)
+    given_up, hashes = chain(1, 4), chain(2, 4)
+    for number, one in enumerate((given_up, hashes)):
+        events.tell(Event("waits", 0, 4, "", 1, hashes=one))
+        now[0] += 500.0 * (1 - number)
+    tell_stored(events, hashes)
+    told(events, accounts, hashes, found=4)
+    assert len(accounts.waiting) == 2 and accounts._arrived
+    now[0] += 101.0
+    told(events, accounts, hashes, found=4)
+    assert len(accounts.waiting) == 1, "the one that waits for less than ten minutes"
+    now[0] += 500.0
+    told(events, accounts, hashes, found=4)
+    assert not accounts.waiting and not accounts._arrived
+
+
 def test_with_no_memory_it_only_counts() -> None:
     events = Events()
     accounts = Accounts(events, CHUNK, lambda: 1.0, lambda: 2.0)
@@ -256,6 +362,55 @@ def test_why_explains_to_people(server: Servers, engine: Engines, capsys: pytest
     )
     assert main(["why", "nobody", "--url", url]) == 1 and "No record" in capsys.readouterr().out
     assert main(["why", "--since", "soon", "--url", url]) == 2
+
+
+def test_a_request_whose_wait_takes_too_long_is_counted_once(server: Servers, engine: Engines) -> None:
+    cache = server(chunk=CHUNK)
+    one, two = (Bed(engine(cache, name), name=name) for name in ("one", "two"))
+    one.requests.prefill.tokens_per_second = two.requests.prefill.tokens_per_second = 1.0
+    ids = list(range(64))
+    one.requests.find(one.open("first"), ids)
+    second = two.open("second")
+    assert isinstance(two.requests.find(second, ids), Loading), "for what the other engine computes"
+    two.requests.finish("second")
+    second = two.open("second")
+    assert two.requests.find(second, ids, wait=True, wait_seconds=-1.0) is None, "no longer"
+    one.requests.finish("first")
+    two.now += 10.0
+    two.requests.find(second, ids, wait=True)
+    two.requests.finish("second")
+    assert totals(cache)[0] == 128, "both once"
+
+
+def test_hits_that_are_accounted_for_later_keep_no_extents(folders: Callable[[str], Path]) -> None:
+    with server_parts(folders, 32 << 20) as (service, _):
+        hashes, found = chain(1, 1000), list[Any]()
+
+        def ask() -> list[Any]:
+            l1 = service.l1
+            l1.join(900, "one")
+            space = l1.open_space(900, bytes(16), 1, 0, 4096)
+            l1.commit(0.0, 900, l1.reserve(0.0, 900, space, 0, b"", True, hashes).reservation, True)
+            peer: Any = SimpleNamespace(process=900, held_bytes=0)
+            service.handle(peer, m.Lookup(space, hashes), [], lambda answer, frames: found.append(answer))
+            return [part for call in service.loop._idle for part in call.args]  # type: ignore[attr-defined]
+
+        kept = service.loop.ask(ask)
+        assert found[0].chunks == 1000 and len(found[0].extents) == 4000
+        assert 1000 in kept and not any(isinstance(part, tuple) for part in kept)
+
+
+def test_a_summary_says_that_older_records_are_lost(server: Servers, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = server(chunk=CHUNK, flags=("--records-mb", "0.02"))
+    raw, said = Raw(cache), list[str]()
+    for number in range(600):
+        raw.ask(m.Lookup(raw.space, b"", request=f"r{number}", tokens=3))
+        if number in (99, 599):
+            assert main(["why", "--summary", "--since", "1h", "--url", f"http://127.0.0.1:{cache.http_port}"]) == 0
+            said.append(capsys.readouterr().out)
+    raw.close()
+    assert "300 tokens were looked up" in said[0] and "overwritten" not in said[0]
+    assert "overwritten" in said[1]
 
 
 def test_array_has_eight_bytes_a_number() -> None:

@@ -133,3 +133,6 @@ def test_another_user_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     found = findings(doctor.serving(status(arena={"path": str(tmp_path)})))
     assert found["user"].state == "wrong" and "--user" in found["user"].remedy
+    keyed = status(arena={"path": str(tmp_path)}, config={"auth-key-file": "/key"})
+    found = findings(doctor.serving(keyed))
+    assert found["user"].state == "note" and not found["user"].remedy, "as an engine with the key, or root, may"

@@ -20,12 +20,14 @@ from lmcache.cache.claims import SERVER
 from lmcache.cache.events import Event, Events
 from lmcache.cache.reasons import REASONS, SOURCES
 from lmcache.cache.records import Record, Records
-from lmcache.cache.seen import CLEARED, ENTRY_BYTES, EVICTED, LOST, Known, Seen, keys_of
+from lmcache.cache.seen import CLEARED, ENTRY_BYTES, EVICTED, LOST, STORED, Known, Seen, keys_of
 from lmcache.cache.waits import AWAITED, NO_GAIN, FetchRecord
 from lmcache.chunks import HASH_BYTES
 
 MOST_WAITING = 65536
 """Lookups that may wait at the same time; of more, the oldest are accounted as if they had not waited."""
+MOST_WAIT_SECONDS = 600.0
+"""A lookup that has waited for so long asks no more: its engine has gone on without telling."""
 MOST_ARRIVED = 262_144
 """Chunks whose origin is noted while lookups wait; further ones count as L1's."""
 MOST_FETCHES = 1024
@@ -159,6 +161,12 @@ class Accounts:
         self.waiting.setdefault(_name(event), (self._now(), event.found))
         if len(self.waiting) > MOST_WAITING:
             self.waiting.popitem(last=False)
+        self._forget_old(self._now())
+
+    def _forget_old(self, now: float) -> None:
+        """Forget lookups without an id that were given up, since nobody says so."""
+        while self.waiting and next(iter(self.waiting.values()))[0] < now - MOST_WAIT_SECONDS:
+            self.waiting.popitem(last=False)
 
     def _fetched(self, event: Event) -> None:
         fetch = event.fetch
@@ -173,11 +181,13 @@ class Accounts:
         now, asked, have, size, why = self._now(), event.chunks, event.have, self._chunk_tokens, self._why
         self._why, self._twin = "", None
         since, in_l1 = self.waiting.pop(_name(event), (now, asked)) if self.waiting else (now, asked)
+        self._forget_old(now)
         tokens, own = self._tokens(event), min(have, asked)
         usable, runs, known, fetch = max(event.found, own), list[Run](), None, None
         found = {"engine": own * size} if own else {}
         if usable > own:
-            found |= {source: count * size for source, count in self._sources(event, own, in_l1, usable)}
+            for source, count in self._sources(event, own, in_l1, usable):
+                found[source] = found.get(source, 0) + count * size  # a tier may be named `engine`
         self._forget_arrived()
         if usable < asked or since != now:
             fetch = self._fetch_of(event, since)
@@ -186,7 +196,7 @@ class Accounts:
             keys = keys_of(event.hashes)
             if not usable:
                 self._twin = self._twin_of(event, keys)
-            runs, known = self._why_missing(keys, usable, why, fetch)
+            runs, known = self._why_missing(keys, usable, event.found, why, fetch)
             for reason, count in runs:
                 missed[reason] = missed.get(reason, 0) + count * size
         self._fit_end(tokens - asked * size, found, missed)
@@ -198,7 +208,7 @@ class Accounts:
         if self._seen is not None:
             reason, chunk = (runs[0][0], usable) if runs else (next(iter(missed)), asked) if missed else ("", -1)
             if reason == "differs":
-                chunk = self._never_seen(keys_of(event.hashes), usable)[1]
+                chunk = self._never_seen(keys_of(event.hashes), usable, event.found)[1]
             if event.found:
                 self._seen.used(
                     now, int.from_bytes(event.hashes[16 * event.found - 16 : 16 * event.found - 8], byteorder)
@@ -233,8 +243,10 @@ class Accounts:
         if self._seen is None or not event.text or not keys:
             return None
         other = self._texts.get(event.text)
-        if other is not None and other.key != keys[0] and self._seen.get(other.key) is not None:
-            return other
+        if other is not None and other.key != keys[0]:
+            known = self._seen.get(other.key)
+            if known is not None and known.state == STORED and known.cleared is None:
+                return other
         self._texts[event.text] = Twin(keys[0], event.space, self._who(event.process)[1])
         if len(self._texts) > self._most_texts:
             self._texts.popitem(last=False)
@@ -275,9 +287,10 @@ class Accounts:
     # Reasons
 
     def _why_missing(
-        self, keys: Sequence[int], first: int, why: str, fetch: FetchRecord | None
+        self, keys: Sequence[int], first: int, in_l1: int, why: str, fetch: FetchRecord | None
     ) -> tuple[list[Run], Known | None]:
-        """Return the reasons of the chunks from number `first` on, each with how many chunks, and what is known of the first."""
+        """Return the reasons of the chunks from number `first` on, each with how many chunks, and what is known of the first.
+        in_l1: so many leading chunks are in L1."""
         asked, last = len(keys), _OF_L1.get(why, "")
         if why in _NO_LEASE:
             return [("no_lease", asked - first)], None
@@ -294,16 +307,20 @@ class Accounts:
             runs.append((last, count))
             at += count
         if at < asked:
-            runs.append((last if last in _OF_L1.values() else self._never_seen(keys, at)[0], asked - at))
+            runs.append((last if last in _OF_L1.values() else self._never_seen(keys, at, in_l1)[0], asked - at))
         return runs, self._seen.get(keys[first])
 
-    def _never_seen(self, keys: Sequence[int], chunk: int) -> tuple[str, int]:
+    def _never_seen(self, keys: Sequence[int], chunk: int, in_l1: int) -> tuple[str, int]:
         """Return the reason of a chunk that was never stored, and the first chunk of the prompt that was not. A chunk
-        that follows one that was never stored was not stored either."""
+        that follows one that was never stored was not stored either. Those in L1 were stored, even if `seen` has forgotten it."""
         seen = self._seen
         assert seen is not None
-        first = bisect_left(range(chunk), True, key=lambda one: seen.get(keys[one]) is None)
+        first = bisect_left(range(chunk), True, lo=min(in_l1, chunk), key=lambda one: seen.get(keys[one]) is None)
         before = seen.get(keys[first - 1]) if first else None
+        if (
+            before is None and first
+        ):  # it is older than all that is remembered, and still used: many prompts begin with it
+            return "differs", first
         if before is None:
             return "other_identity" if self._twin is not None else "never_seen", chunk
         return "differs" if before.continued else "longer", first
@@ -364,12 +381,15 @@ def _gone_reason(state: int, fetch: FetchRecord | None) -> str:
     whys = set(fetch.left_out.values()) if fetch is not None and not fetch.planned else set()
     if whys & {"not serving", "failed"}:
         return "tier_down"
+    if fetch is not None and fetch.outcome == "too many":
+        return "tier_busy"
     return "tier_slow" if "late answer" in whys else "tier_not_worth" if whys else "evicted"
 
 
 def _fetch_reason(fetch: FetchRecord) -> str:
     """Return why the planned chunks of a fetch that have not arrived are missing; "" if nothing was planned for them."""
-    awaited = set(fetch.planned) == {AWAITED}
+    of_tiers = fetch.planned.total() - fetch.planned[AWAITED]  # they come first, as a rule
+    awaited = AWAITED in fetch.planned and fetch.arrived_chunks >= of_tiers
     if fetch.outcome == "failed" or (fetch.outcome == "late" and not awaited):
         failures = {name.partition(":")[2] for name in fetch.events if name.startswith("load_failed")}
         if failures & set(_DAMAGE):
@@ -380,6 +400,5 @@ def _fetch_reason(fetch: FetchRecord) -> str:
     return {
         NO_GAIN: "tier_not_worth",
         "patience": "tier_slow",
-        "too many": "tier_busy",
         "promise ended": "awaited_in_vain",
     }.get(fetch.outcome, "")

@@ -270,12 +270,14 @@ def _users(status: dict[str, Any]) -> Iterator[Finding]:
     except OSError:
         yield Finding("user", "note", f"this is uid {os.getuid()}; the server's user is not visible here")
         return
-    same = theirs == ours
+    same, config = theirs == ours, status.get("config", {})
+    by_key = bool(config.get("auth-key-file") or config.get("insecure-no-auth"))
     yield Finding(
-        *("user", "ok" if same else "wrong"),
-        f"the server runs as uid {theirs}, and this is uid {ours}",
+        *("user", "ok" if same else "note" if by_key else "wrong"),
+        f"the server runs as uid {theirs}, and this is uid {ours}"
+        + ("; it serves engines of every user that have its key" if by_key and not same else ""),
         ""
-        if same
+        if same or by_key
         else f"run engines as uid {theirs} (`docker run --user {theirs}`), or give server and engines an --auth-key-file",
     )
 

@@ -176,13 +176,14 @@ def _ago(seconds: float) -> str:
 
 def _summary(arguments: argparse.Namespace, since: float) -> int:
     """Print the causes of all missing tokens, or of those since a time, the most expensive first."""
-    requested, missed, found = 0, Counter[str](), Counter[str]()
+    requested, missed, found, oldest, lost = 0, Counter[str](), Counter[str](), 1, False
     if since:
         arguments.misses = False
         for row in _records(arguments, since, 1 << 30):
-            requested += row["tokens"]
+            requested, oldest = requested + row["tokens"], row["number"]
             missed.update(row["missed"])
             found.update(row["sources"])
+        lost = oldest > 1 and not _page(arguments, {"limit": 1, "before": oldest})["requests"]
     else:
         for name, value in _page(arguments, {"limit": 1})["totals"].items():
             label = name.partition('="')[2].removesuffix('"}')
@@ -192,12 +193,15 @@ def _summary(arguments: argparse.Namespace, since: float) -> int:
             elif value:
                 counter[label] += int(value)
     if arguments.json:
-        print(json.dumps({"requested_tokens": requested, "found": found, "missed": missed}, indent=2))
+        answer = {"requested_tokens": requested, "found": found, "missed": missed, "older_overwritten": lost}
+        print(json.dumps(answer, indent=2))
         return 0
     share = 100.0 / max(1, requested)
     print(
         f"{requested:,} tokens were looked up{f' in the last {arguments.since}' if since else ' since the server started'}."
     )
+    if lost:
+        print("The records of older requests of this time have been overwritten (--records-mb), so these are not all.")
     for source, count in found.most_common():
         print(
             f"  {count * share:5.1f} %  {count:>13,}  found in {printable(_SOURCES.get(source, f'the tier {source}'), 200)}"

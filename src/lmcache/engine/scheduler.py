@@ -159,7 +159,11 @@ class SchedulerSession(Session):
             if self.runtime.now() > end:
                 # Without an id it waits for no other engine, and gets what that has stored so far.
                 found = self.poll(*asked[:4], "", chunks, any_split, again=again, tokens=tokens)
-                return None if isinstance(found, Loading) else found
+                if isinstance(found, Loading):
+                    return None
+                if request_id and not again:  # or the server would count the request once more when it asks again
+                    self.withdraw(request_id)
+                return found
             self.runtime.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 

@@ -63,7 +63,7 @@ class Service:
             l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers, self.sessions.describe
         )
         self.sessions.on_gone.append(self.accounts.forget)
-        self._untold: tuple[Peer, m.Lookup, str, bytes, Hit] | None = None
+        self._untold: tuple[Peer, m.Lookup, str, bytes, int] | None = None
         """The lookup that is being answered; listeners hear of it when the answer has been sent."""
         self._payload = PayloadCopies(loop, l1, self.sessions, workers, self.counters)
         self._parked = ParkedPulls(loop, l1, self._answer_pull, self.counters)
@@ -216,7 +216,7 @@ class Service:
         if hit is None:
             hit = self.l1.lookup(self._now(), *asked, again=again)
         if not again:
-            self._untold = peer, request, name, hashes, hit
+            self._untold = peer, request, name, hashes, hit.chunks  # without the extents, which may be megabytes
         if self.tiering is not None:
             if self.l1.promises.by_chunk or (request.engine and 16 * hit.chunks < len(hashes)):
                 asker = Asker(peer.process, name, request.engine)
@@ -231,13 +231,13 @@ class Service:
         missing has to be found out before it is stored."""
         assert self._untold is not None
         told, self._untold = self._untold, None
-        _, _, _, hashes, hit = told
-        if 16 * hit.chunks < len(hashes) or self.accounts.waiting:
+        _, _, _, hashes, chunks = told
+        if 16 * chunks < len(hashes) or self.accounts.waiting:
             self._tell(*told)
         else:
             self.loop.when_idle(partial(self._tell, *told))
 
-    def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, hit: Hit) -> None:
+    def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, chunks: int) -> None:
         """Tell the listeners of a lookup that has been answered."""
         which = (
             "answered",
@@ -254,7 +254,7 @@ class Service:
             (),
             b"",
         )
-        told = *which, hit.chunks, max(0, request.first_wanted), request.tokens, request.text, None
+        told = *which, chunks, max(0, request.first_wanted), request.tokens, request.text, None
         self.l1.events.tell(Event._make(told))  # faster than a call of the class
 
     def _answerable(self, peer: Peer, request: m.Lookup, spaces: list[int], first: int) -> bytes:
