@@ -116,20 +116,28 @@ class Seen:
         Only the last chunk of a prefix knows when the prefix was used. It is evicted first, and those before it follow: in
         the order in which chunks are evicted, their last uses never go back (LRU). So a chunk's last use is the latest so far.
         """
-        latest = self._latest.get(space, 0)
+        latest, tables, last, kept = self._latest.get(space, 0), self._known, _SHARDS - 1, _PARENT
+        value = (fresh := self._value(now, EVICTED, wanted_by)) | latest << _USED_AT
         for key in keys_of(hashes):
-            value = self._known[key & _SHARDS - 1].get(key, 0)
-            if value & 3 == STORED:
-                latest = max(latest, value >> _USED_AT)
-            self._put(key, self._value(now, EVICTED, wanted_by) | latest << _USED_AT)
+            known = tables[key & last]
+            former = known.get(key)
+            if former is None:
+                self._add(key)
+                known[key] = value
+                continue
+            if former & 3 == STORED and former >> _USED_AT > latest:
+                latest = former >> _USED_AT
+                value = fresh | latest << _USED_AT
+            known[key] = value | (former & kept)
         self._latest[space] = latest
 
     def lost(self, now: float, hashes: bytes) -> None:
         """Note that these chunks were not stored after all."""
+        value, clears = self._value(now, LOST), self._clears & _CLEARS
         for key in keys_of(hashes):
-            former = self.get(key)
-            if former is None or former.state != STORED or former.cleared is not None:
-                self._put(key, self._value(now, LOST))
+            former = self._known[key & _SHARDS - 1].get(key)
+            if former is None or former & 3 != STORED or former >> _CLEARS_AT & _CLEARS != clears:
+                self._put(key, value)
 
     def cleared(self, now: float) -> None:
         """Note that L1 was emptied."""

@@ -10,7 +10,7 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 
 HELP: dict[str, str] = {
-    "hit_chunks_total": "Chunks that lookups found complete; a request that waits counts once, by its first answer.",
+    "hit_chunks_total": "Chunks that lookups found complete; a request that waits counts once, by the answer that ends its wait.",
     "missed_chunks_total": "Chunks that lookups asked for and did not find; a request that waits counts once.",
     "requested_tokens_total": "Tokens of prompts that engines looked up, once a request: lookup_tokens + missed_tokens.",
     "lookup_tokens_total": "Tokens that were found, by source: engine (it had them itself), l1, other_engine, or a tier's name.",
