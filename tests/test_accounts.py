@@ -391,7 +391,7 @@ def test_hits_that_are_accounted_for_later_keep_no_extents(folders: Callable[[st
             l1.join(900, "one")
             space = l1.open_space(900, bytes(16), 1, 0, 4096)
             l1.commit(0.0, 900, l1.reserve(0.0, 900, space, 0, b"", True, hashes).reservation, True)
-            peer: Any = SimpleNamespace(process=900, held_bytes=0)
+            peer: Any = SimpleNamespace(process=900, held_bytes=0, role="scheduler")
             service.handle(peer, m.Lookup(space, hashes), [], lambda answer, frames: found.append(answer))
             return [part for call in service.loop._idle for part in call.args]  # type: ignore[attr-defined]
 

@@ -102,6 +102,7 @@ SAMPLES = {
     "arena_dir": ("/dev/hugepages", Path("/dev/hugepages")),
     "log_level": ("debug", "DEBUG"),
     "prometheus_port": ("9090", 9090),
+    "records_mb": ("16", 16.0),
     "numa": ("0,2-3", "0,2-3"),
     "huge_pages": ("ALWAYS", "always"),
     "l2": ("disk:///a?max_gb=1 dir:///b", ("disk:///a?max_gb=1", "dir:///b")),
