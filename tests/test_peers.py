@@ -615,7 +615,7 @@ def test_a_peer_that_sends_more_than_was_asked_for_is_cut_off_before_its_answer_
             assert one.do(Contains, KEYS) == [True] * 3
             between.answers.after(16 << 20, between.answers.hold)
             assert one.load(KEYS)[0] == ["lost"] * 3
-            eventually(lambda: "12288 were asked for" in one.tier.trouble())
+            eventually(lambda: "12288 were asked for" in one.tier.degraded())
         finally:
             between.thaw()
             rogue.close()

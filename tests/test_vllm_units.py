@@ -92,6 +92,7 @@ class Session:
         engine: str = "",
         again: bool = False,
         stores_tail: bool = True,
+        tokens: int = 0,
         loads: bool = True,
     ) -> Hit | Loading | None:
         self.tails.append((bool(tail), bool(tail) and stores_tail))
@@ -107,6 +108,9 @@ class Session:
         self.leased.add(len(self.lookups))
         slots = struct.pack(f"<{chunks - first}I", *range(first, chunks))
         return Hit(chunks, first, len(self.lookups), slots, 1, self.epoch)
+
+    def too_short(self, tokens: int, request_id: str) -> None:
+        """What the server's accounts are told of prompts that it is not asked about."""
 
     def release(self, hit: Hit) -> None:
         self.leased.remove(hit.lease)

@@ -20,7 +20,10 @@ THE_TIERS_CALL = (
     "it is a part of one call of the tier; the server gives a tier's calls up when it stops (`server.tier_runner`)"
 )
 ENDS = {
+    ("cli/replay.py", "one.result()"): "no wait: a simulation's result",
     ("config/hosts.py", "answer.result()"): "the answer is there: it has been waited for, with a time-out",
+    ("peers/tier.py", "self._copiers.shutdown(wait=False, cancel_futures=True)"): "it does not wait",
+    ("peers/tier.py", "self._diallers.shutdown(wait=False, cancel_futures=True)"): "it does not wait",
     (
         "engine/access.py",
         "self._populating.join()",

@@ -101,7 +101,7 @@ HELP: dict[str, str] = {
 """Name without prefix -> what it counts, and its unit."""
 
 _NAME = re.compile(r"([a-z][a-z0-9_]*)(?:\{(.*)\})?", re.DOTALL)
-_LABEL = re.compile(r'([a-z_]+)="(.*?)"(?:,(?=[a-z_]+=")|\Z)', re.DOTALL)  # a value may hold quotes
+_LABEL = re.compile(r'([a-z][a-z0-9_]*)="(.*?)"(?:,(?=[a-z][a-z0-9_]*=")|\Z)', re.DOTALL)  # a value may hold quotes
 
 
 def render(counters: Mapping[str, float], accept: str) -> tuple[bytes, str]:
