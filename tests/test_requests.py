@@ -220,7 +220,9 @@ def test_what_nobody_waits_for_any_more_is_not_loaded(
         eventually(lambda: one.counters()["fetches_open"] == 0)
         assert one.status()["fetches"][-1]["outcome"] == "withdrawn"
         found = last.requests.find(last.open("again"), ids)
-        stalled = one.status()["fetches"][0]["left_out"] == {"redis": "not serving"}  # after a second, on a busy machine
+        stalled = one.status()["fetches"][0]["left_out"] == {
+            "redis": "not serving"
+        }  # after a second, on a busy machine
         assert isinstance(found, Loading) or stalled, "at once"
     finally:
         proxy.close()

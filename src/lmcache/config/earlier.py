@@ -80,16 +80,16 @@ EARLIER_FLAGS: tuple[EarlierFlag, ...] = (
     *_no_effect("--periodic-notifier-interval-ms --event-bus-queue-size", "nothing here polls for events"),
     *_no_effect(
         "--p2p-advertise-url --p2p-listen-url --p2p-lookup-timeout --p2p-load-timeout --p2p-transfer-engine",
-        "servers share KV through a tier that all of them name (--l2 redis://, s3://, dir://)",
+        "--peers HOST:PORT,... names the servers to pull from, or a name with several addresses",
     ),
     *_no_effect(
         "--coordinator-url --coordinator-advertise-ip --coordinator-heartbeat-interval --coordinator-event-reporting"
         " --coordinator-event-flush-interval --coordinator-event-transport --coordinator-kafka-bootstrap-servers"
         " --coordinator-kafka-topic --coordinator-kafka-delivery-timeout --coordinator-blend-timeout"
         " --coordinator-blend-match-concurrency --coordinator-l2-event-reporting --coordinator-l2-event-flush-interval",
-        "there is no coordinator: servers share KV through a tier that all of them name",
+        "there is no coordinator: servers share KV by --peers, or through a tier that all of them name",
     ),
-    *_no_effect("--kv-event-log-size", "the server keeps no log of KV events"),
+    *_no_effect("--kv-event-log-size", "vLLM publishes the KV events; the server keeps them for an engine until the engine asks"),
     *_no_effect(
         "--disable-observability --disable-metrics --disable-grpc-metrics --disable-prometheus",
         "counting costs nothing that could be switched off; /metrics is at --http-port",
@@ -100,7 +100,7 @@ EARLIER_FLAGS: tuple[EarlierFlag, ...] = (
     *_no_effect(
         "--lookup-hash-log-dir --lookup-hash-log-rotation-interval --lookup-hash-log-rotation-max-size"
         " --lookup-hash-log-max-files --trace-level --trace-output",
-        "nothing is recorded in the public project's formats",
+        "use --record-trace FILE, which lmcache replay reads, as it reads the public project's lookup hashes",
     ),
     *_no_effect(
         "--enable-gc-monitor --gc-monitor-min-pause-ms --gc-monitor-top-objects",
