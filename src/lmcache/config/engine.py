@@ -236,7 +236,8 @@ ROWS: tuple[Row, ...] = (
         " nixl_receiver_host nixl_receiver_port nixl_buffer_size nixl_buffer_device nixl_backends nixl_enable_gc"
         " cufile_buffer_size internal_api_server_include_index_list internal_api_server_socket_path_prefix"
         " lookup_timeout_ms lookup_server_worker_ids distributed_url blend_thresholds lmcache_worker_ids"
-        " lmcache_worker_heartbeat_delay_time lmcache_worker_heartbeat_time gds_buffer_size maru_pool_size gds_backend script_allowed_imports app_id max_hidden_state_cpu_size"
+        " lmcache_worker_heartbeat_delay_time lmcache_worker_heartbeat_time"
+        " gds_buffer_size maru_pool_size gds_backend script_allowed_imports app_id max_hidden_state_cpu_size"
         " hidden_state_layers hidden_states_retrieve_mode enable_chunk_statistics chunk_statistics_auto_start_statistics"
         " chunk_statistics_auto_exit_timeout_hours chunk_statistics_auto_exit_target_unique_chunks chunk_statistics_strategy",
         _OFF,
