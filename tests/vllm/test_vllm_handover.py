@@ -163,7 +163,9 @@ def test_a_preempted_prefill(prefill: Engine, decode: Engine, server: Server) ->
     at_rest(server)
 
 
-@pytest.mark.skip(reason="waits now end 30 s after the last chunk: the test must freeze the clock of that bound, not the engine")
+@pytest.mark.skip(
+    reason="waits now end 30 s after the last chunk: the test must freeze the clock of that bound, not the engine"
+)
 def test_a_decode_engine_that_waits(prefill: Engine, decode: Engine, server: Server) -> None:
     """The prefill engine stands still in the middle of a prompt. A request that waits for it is aborted, another one goes on when
     the prefill engine is killed."""
