@@ -102,7 +102,7 @@ class Accounts:
         self._copies = OrderedDict[str, Copies]()
         self._most_copies = most_bytes // 32 // _COPIES_BYTES
         self._twin: Twin | None = None
-        """Of the lookup that is being accounted for."""
+        """The twin of the lookup that is being accounted for."""
         self._why = ""
         """Why the first chunk was missing, of the lookup that L1 is answering."""
         events.listen(["missed"], self._missed, named=False)

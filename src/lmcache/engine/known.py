@@ -17,7 +17,7 @@ from typing import Any
 from lmcache.chunks import HASH_BYTES, TokenChain, split_hashes
 
 L1, TIERS = MEDIA = 1, 2
-"""Where chunks can be, as bits."""
+"""The places where chunks can be. Each is one bit of `_Chunk.has` and `_Chunk.told`."""
 MOST_BLOCKS = 1 << 18
 """Bound of the blocks whose removal can be told. A chunk in which no block ends counts as one."""
 MOST_TOKENS = 1 << 20
@@ -70,11 +70,11 @@ class Known:
     most_blocks: int = MOST_BLOCKS
     most_tokens: int = MOST_TOKENS
     told: list[Told] = field(default_factory=list)
-    """What is to be published, in order."""
+    """The changes that have not been published yet, the oldest first."""
     _chunks: OrderedDict[bytes, _Chunk] = field(default_factory=OrderedDict)
     _prompts: OrderedDict[Hashable, Prompt] = field(default_factory=OrderedDict)
     _copies: dict[int, dict[Hashable, int]] = field(default_factory=lambda: {medium: {} for medium in MEDIA})
-    """In how many chunks that are told, in each medium, a block ends."""
+    """For each medium, and each block: the number of chunks told as stored in which the block ends."""
     _blocks: int = 0
     _tokens: int = 0
 

@@ -30,7 +30,7 @@ class Myself:
     key_file: Path | None = None
     open_door: bool = False
     chunk_tokens: int = 0
-    """Of this server's chunks; 0 if that does not matter."""
+    """The number of tokens of this server's chunks; 0 accepts peers with chunks of any size."""
 
 
 _WORDS = {

@@ -15,7 +15,7 @@ MAX_KNOWN = 1 << 16
 
 
 class Finding:
-    """What peers have of some chunks of one space."""
+    """Holds which peers have which of some chunks of one space."""
 
     def __init__(self, space: bytes, shards: int, chunks: Iterable[bytes]) -> None:
         self.space, self.shards = space, shards

@@ -41,7 +41,7 @@ class Link:
         self.carrier, self.sockets = carrier, carrier.sockets
         self._timeout_seconds, self._heard = timeout_seconds, now
         self._waiting: dict[int, Question] = {}
-        """By number, the oldest first."""
+        """The questions without an answer, by number, the oldest first."""
         self._received = carrier.received()
         """Bytes, when it was last looked at."""
         self._read = self._received

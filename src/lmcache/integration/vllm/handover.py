@@ -15,7 +15,7 @@ from lmcache.observability.log import init_logger
 
 logger = init_logger(__name__)
 VERSION = 1
-"""Of the object under `KEY`."""
+"""The version of the object under `KEY`."""
 KEY = "lmcache"
 _IGNORED = "disagg_spec"
 """A key of the public LMCache's proxies, which tells the first engine where to send the KV."""
