@@ -2,13 +2,16 @@
 
 The native part of both must be built in place (`setup.py build_ext --inplace`). Each has a server and two engine-side
 processes of its own for the complete run. In a round each makes one burst of every call, and the ratios are those of
-neighbouring bursts, so a machine that becomes slower for a while does not change them.
+neighbouring bursts, so a machine that becomes slower for a while does not change them. With `.` as CHECKOUT and different
+`--flags` and `--other-flags` it shows what an option of the server costs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import shlex
 import sys
 from pathlib import Path
 from statistics import median, quantiles
@@ -25,9 +28,10 @@ HEAD = ["what", "unit", "other", "this", "ratio", "quartiles"]
 class Version:
     """The processes of one checkout: `asker` looks up what it has kept, `copier` stores and retrieves."""
 
-    def __init__(self, checkout: Path, stack: contextlib.ExitStack) -> None:
-        side = Side("ours", sys.executable, str(checkout / "src"), checkout=checkout)
-        self.server: Server = stack.enter_context(side.serve(2))
+    def __init__(self, checkout: Path, flags: str, stack: contextlib.ExitStack) -> None:
+        path = os.pathsep.join(filter(None, [str(checkout / "src"), os.environ.get("PYTHONPATH", "")]))
+        side = Side("ours", sys.executable, path, checkout=checkout)
+        self.server: Server = stack.enter_context(side.serve(2, flags=shlex.split(flags)))
         self.asker: Worker = stack.enter_context(side.session(self.server, SHAPE))
         self.copier: Worker = stack.enter_context(side.session(self.server, SHAPE))
         for chunks in (1, 512):
@@ -56,7 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     other: list[dict[str, float]] = []
     this: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
-        pair = [(other, Version(options.checkout, stack)), (this, Version(PROJECT, stack))]
+        pair = [
+            (other, Version(options.checkout, options.other_flags, stack)),
+            (this, Version(PROJECT, options.flags, stack)),
+        ]
         for turn in range(options.rounds + 1):
             for samples, version in pair[:: -1 if turn % 2 else 1]:
                 samples.append(version.burst())
@@ -73,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.versions", description=__doc__, allow_abbrev=False)
     parser.add_argument("checkout", type=lambda path: Path(path).resolve(), help="folder of the other checkout")
+    parser.add_argument("--flags", default="", help="more flags of this checkout's server")
+    parser.add_argument("--other-flags", default="", help="more flags of the other checkout's server")
     parser.add_argument("--rounds", type=int, default=100, help="turns of each side (default: 100)")
     return parser.parse_args(argv)
 

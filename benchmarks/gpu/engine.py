@@ -41,17 +41,18 @@ class Engine:
         return {}
 
     async def first_tokens(
-        self, prompts: list[list[int]], tokens: int = 1, pause: float = 0.05
+        self, prompts: list[list[int]], tokens: int = 1, pause: float = 0.05, transfer: Any = None
     ) -> list[dict[str, Any]]:
         """Ask for all at once, `pause` seconds behind a short prompt that wakes the engine: seconds until each one's first token,
-        tokens that were not computed, the first token's logprobs, and the answer's token ids."""
+        tokens that were not computed, the first token's logprobs, the answer's token ids, and its `kv_transfer_params`.
+        transfer: the requests' `kv_transfer_params`."""
         await self._answer(self._random(SHORT), 1)
         await asyncio.sleep(pause)
-        return await self.answers(prompts, tokens)
+        return await self.answers(prompts, tokens, transfer)
 
-    async def answers(self, prompts: list[list[int]], tokens: int = 1) -> list[dict[str, Any]]:
+    async def answers(self, prompts: list[list[int]], tokens: int = 1, transfer: Any = None) -> list[dict[str, Any]]:
         """As `first_tokens`, without a step before."""
-        return list(await asyncio.gather(*(self._answer(prompt, tokens) for prompt in prompts)))
+        return list(await asyncio.gather(*(self._answer(prompt, tokens, None, transfer) for prompt in prompts)))
 
     async def forget(self) -> dict[str, bool]:
         """Empty the engine's own prefix cache once stores have let their blocks go (a step lets the engine notice)."""
@@ -89,7 +90,9 @@ class Engine:
     async def cpu_seconds(self) -> float:
         return float(sum(await self._llm.collective_rpc(worker_cpu_seconds)))
 
-    async def _answer(self, prompt: list[int], tokens: int, stamps: list[float] | None = None) -> dict[str, Any]:
+    async def _answer(
+        self, prompt: list[int], tokens: int, stamps: list[float] | None = None, transfer: Any = None
+    ) -> dict[str, Any]:
         from vllm.sampling_params import RequestOutputKind
 
         from vllm import SamplingParams
@@ -101,8 +104,9 @@ class Engine:
             detokenize=False,
             logprobs=8 if stamps is None else None,
             output_kind=RequestOutputKind.DELTA,
+            extra_args={"kv_transfer_params": transfer} if transfer else None,
         )
-        begin, out = time.perf_counter(), {"seconds": 0.0, "cached": 0, "logprobs": {}, "answer": []}
+        begin, out = time.perf_counter(), {"seconds": 0.0, "cached": 0, "logprobs": {}, "answer": [], "transfer": None}
         async for part in self._llm.generate(
             {"prompt_token_ids": prompt}, wanted, request_id=f"bench-{next(self._numbers)}"
         ):
@@ -114,6 +118,7 @@ class Engine:
                 first = (part.outputs[0].logprobs or [{}])[0]
                 out["logprobs"] = {str(token): value.logprob for token, value in first.items()}
             out["answer"] += part.outputs[0].token_ids
+            out["transfer"] = part.kv_transfer_params or out["transfer"]
         return out
 
     def _random(self, count: int) -> list[int]:

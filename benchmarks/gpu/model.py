@@ -83,7 +83,25 @@ def _qwen3_next() -> Shape:
     return Shape(config, lambda tokens: 12 * 2 * 2 * 256 * 2 * tokens + 36 * state, 544, triton)
 
 
-SHAPES: dict[str, Callable[[], Shape]] = {"qwen3-8b": _qwen3_8b, "gemma3-12b": _gemma3_12b, "qwen3-next": _qwen3_next}
+def _deepseek_v2_lite() -> Shape:
+    """The attention (MLA) of DeepSeek-V2-Lite, with dense MLPs in all 27 layers."""
+    config = _ATTENTION | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048,
+        "intermediate_size": 10944, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "first_k_dense_replace": 27, "n_routed_experts": None, "n_shared_experts": None, "moe_intermediate_size": 1408,
+        "num_experts_per_tok": None, "hidden_act": "silu", "rope_theta": 10_000, "attention_bias": False,
+        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    return Shape(config, lambda tokens: 27 * (512 + 64) * 2 * tokens)
+
+
+SHAPES: dict[str, Callable[[], Shape]] = {
+    "qwen3-8b": _qwen3_8b,
+    "gemma3-12b": _gemma3_12b,
+    "qwen3-next": _qwen3_next,
+    "deepseek-v2-lite": _deepseek_v2_lite,
+}
 
 
 def redraw(worker: Any) -> int:

@@ -53,6 +53,7 @@ TITLES = {
     "ours-between": "ours, loads between steps",
     "in-process": "ours in process",
     "pegaflow": "PegaFlow",
+    "nixl": "vLLM's NIXL connector",
 }
 
 
@@ -97,13 +98,17 @@ class Hosts:
     directory: Path
 
     @contextlib.contextmanager
-    def engine(self, name: str, server: Server | None = None, **more: Any) -> Iterator[Engine]:
-        """The engine `name` of `TITLES`, ready, with a server of its own where it needs one and none is given. more: settings of
-        vLLM."""
+    def engine(
+        self, name: str, server: Server | None = None, gpus: str = "", role: str = "kv_both", **more: Any
+    ) -> Iterator[Engine]:
+        """The engine `name` of `TITLES`, ready, with a server of its own where it needs one and none is given.
+
+        gpus: those that it sees, as in CUDA_VISIBLE_DEVICES; default: all. role: `kv_role` of ours. more: settings of vLLM.
+        """
         rival = name.partition("-")[0]
         peer = rival == "peer"
         side = Side("peer" if peer else "ours", self.python, self.paths.get(rival, ""), "gpu")
-        settings, environment = self.settings | more, {}
+        settings, environment = self.settings | more, {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
         with contextlib.ExitStack() as stack:
             if name == "native":
                 settings |= {"kv_offloading_size": self.cache_gb, "kv_offloading_backend": "native"}
@@ -121,10 +126,13 @@ class Hosts:
                 port = stack.enter_context(pegaflow(side, self.cache_gb, gpus, self.directory))
                 settings["kv_transfer_config"] = PEGAFLOW_CONFIG
                 environment |= {"PEGAFLOW_HOST": "http://127.0.0.1", "PEGAFLOW_PORT": str(port), "PYTHONHASHSEED": "0"}
+            elif name == "nixl":
+                settings["kv_transfer_config"] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+                environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
             elif rival != "alone":
                 server = server or stack.enter_context(side.serve(self.cache_gb, self.chunk_tokens))
                 more_config = {"lmcache.mp.synchronous_loads": "never"} if name == "ours-between" else {}
-                settings["kv_transfer_config"] = transfer_config(server.port, **more_config)
+                settings["kv_transfer_config"] = transfer_config(server.port, **more_config) | {"kv_role": role}
             engine = Engine(name, side, settings, self.directory / f"{name}-{time.time_ns()}.log", environment)
             stack.callback(engine.stop, END_SECONDS)
             engine.call("ready")
