@@ -54,8 +54,8 @@ def test_every_event_says_what_where_who_and_why() -> None:
         Event("reserved", 0, 4, process=1, shard=0, hashes=keys[:64]),
         Event("committed", 0, 4, process=1, shard=0, hashes=keys[:64]),
         Event("stored", 0, 4, process=1, hashes=keys[:64], parents=bytes(16) + keys[:48]),
-        Event("hit", 0, 4, process=1, request="r-1", hashes=keys[:64], prompt=keys),
-        Event("missed", 0, 1, "absent", process=1, request="r-1", hashes=keys[64:], prompt=keys),
+        Event("hit", 0, 4, process=1, request="r-1", hashes=keys[:64]),
+        Event("missed", 0, 1, "absent", process=1, request="r-1", hashes=keys[64:]),
     ]
     evicted = [one for one in events if one.kind == "evicted"]
     assert {(one.space, one.reason, one.process, one.wanted_by) for one in evicted} == {(0, "room", 2, 1)}
@@ -123,26 +123,26 @@ class Life:
 
 A, B, C, MANY = chain(1, 2), chain(2, 2), chain(3, 1), chain(4, 6)
 CASES: list[tuple[Callable[[Life], object], Event]] = [
-    (lambda one: (one.store(A), one.lookup(A + C)), Event("hit", 0, 2, "", 1, "", "r2", hashes=A, prompt=A + C)),
+    (lambda one: (one.store(A), one.lookup(A + C)), Event("hit", 0, 2, "", 1, "", "r2", hashes=A)),
     (
         lambda one: (one.store(A), one.lookup(A + C)),
-        Event("missed", 0, 1, "absent", 1, "", "r2", hashes=C, prompt=A + C),
+        Event("missed", 0, 1, "absent", 1, "", "r2", hashes=C),
     ),
     (
         lambda one: (one.reserve(A), one.lookup(A)),
-        Event("missed", 0, 2, "being filled", 1, "", "r2", hashes=A, prompt=A),
+        Event("missed", 0, 2, "being filled", 1, "", "r2", hashes=A),
     ),
     (
         lambda one: (one.store(A, 2), one.lookup(A, 2)),
-        Event("missed", 1, 2, "incomplete", 2, "", "r2", hashes=A, prompt=A),
+        Event("missed", 1, 2, "incomplete", 2, "", "r2", hashes=A),
     ),
     (
         lambda one: (one.store(A + C), one.lookup(A + C), one.later(), one.lookup(B)),
-        Event("missed", 0, 2, "quarantine", 1, "", "r53", hashes=B, prompt=B),
+        Event("missed", 0, 2, "quarantine", 1, "", "r53", hashes=B),
     ),
     (
         lambda one: (one.store(A), one.lookup(A), one.lookup(A)),
-        Event("missed", 0, 2, "too many leases", 1, "", "r3", hashes=A, prompt=A),
+        Event("missed", 0, 2, "too many leases", 1, "", "r3", hashes=A),
     ),
     (
         lambda one: (one.store(A), one.store(B, 1, 0, "", A[16:])),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lmcache.cache import Heart
+from lmcache.cache import Event, Heart
 from lmcache.cli.main import main
 from lmcache.server.loop import Loop
 from lmcache.server.recording import Recording
@@ -238,21 +238,25 @@ def test_recording_drops_what_it_cannot_write_and_says_so(
     gate = threading.Event()
     path = tmp_path / "trace"
     recording = Recording(loop, heart, path, 1 << 20, 16, "id", lambda number: "a model")
+
+    def answered(hashes: bytes) -> None:
+        heart.events.tell(Event("answered", space, len(hashes) // 16, hashes=hashes))
+
     try:
         monkeypatch.setattr("lmcache.server.aside.QUEUE_BYTES", 1000)
         with monkeypatch.context() as broken:
             broken.setattr(recording._aside, "_batch", lambda: gate.wait(60))
             for _ in range(5):
-                heart.lookup(0.0, 1, space, random.randbytes(16 * 20))
+                answered(random.randbytes(16 * 20))
             assert recording.lost == 4
             gate.set()
         eventually(lambda: recording.recorded == 1)
         eventually(lambda: b'"lost":4' in path.read_bytes())
         with monkeypatch.context() as broken:
             broken.setattr(recording, "_append", lambda record: (_ for _ in ()).throw(OSError(28, "No space left")))
-            heart.lookup(0.0, 1, space, random.randbytes(16 * 20))
+            answered(random.randbytes(16 * 20))
             eventually(lambda: recording.lost == 5)
-        heart.lookup(0.0, 1, space, b"x" * 16)
+        answered(b"x" * 16)
         eventually(lambda: recording.recorded == 2 and b'"lost":1' in path.read_bytes())
     finally:
         recording.close()

@@ -62,9 +62,6 @@ class Event(NamedTuple):
     """For evicted and incomplete: the space that needed memory."""
     last_used: tuple[float | None, ...] = ()
     """For evicted and incomplete: when each chunk was last used; None if that was before somebody listened with `timed`."""
-    prompt: bytes = b""
-    """For hit and missed: the hashes of all chunks that the lookup asked for. A lookup that has found some chunks, and not the
-    others, emits both events, first hit."""
     found: int = 0
     """For waits and answered: so many leading chunks are in L1."""
     have: int = 0
@@ -99,7 +96,7 @@ class Events:
         """Whether a listener needs `last_used`, so that the time of each use must be noted."""
 
     def listen(self, kinds: Iterable[str], listener: Listener, named: bool = True, timed: bool = False) -> None:
-        """Call the listener for each event of these kinds from now on. named: the listener needs `hashes`, `prompt`, `parents`
+        """Call the listener for each event of these kinds from now on. named: the listener needs `hashes`, `parents`
         and `wanted_by`, which are empty if no listener of the kind needs them. timed: the listener needs `last_used`, too."""
         self.timed |= timed
         for kind in kinds:

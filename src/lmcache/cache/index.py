@@ -296,6 +296,5 @@ def of_last(event: Event, hashes: bytes) -> Event:
 
 
 def of_lookup(event: Event, prompt: bytes, first: int) -> Event:
-    """Add to the event of a lookup its chunks, from chunk `first` of the prompt on, and those of all of the prompt."""
-    hashes = prompt[first * HASH_BYTES : (first + event.chunks) * HASH_BYTES]
-    return Event(*event[:8], hashes, *event[9:12], prompt)  # faster than `_replace`, for each lookup
+    """Add to the event of a lookup its chunks, from chunk `first` of the prompt on."""
+    return event._replace(hashes=prompt[first * HASH_BYTES : (first + event.chunks) * HASH_BYTES])

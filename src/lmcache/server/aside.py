@@ -8,7 +8,6 @@ from functools import partial
 
 from lmcache.cache import Event
 from lmcache.cache.allocator import Space
-from lmcache.chunks import HASH_BYTES
 from lmcache.observability.log import init_logger
 from lmcache.runtime import Runtime
 
@@ -48,12 +47,10 @@ class Aside:
         self._thread = runtime.start(self._run, name)
 
     def put(self, event: Event) -> None:
-        """Queue an event. Of a lookup that has found some chunks and not the others, only `hit` is queued."""
-        if event.kind == "missed" and event.chunks * HASH_BYTES != len(event.prompt):
-            return
+        """Queue an event."""
         if event.kind == "stored" and event.tier:
             return  # a lookup follows, which finds what the tier has delivered
-        size = _EVENT_BYTES + len(event.prompt) + len(event.hashes) + len(event.parents)
+        size = _EVENT_BYTES + len(event.hashes) + len(event.parents)
         if self._queued_bytes - self._taken_bytes + size > QUEUE_BYTES:
             self.lost += 1
             return
@@ -86,11 +83,6 @@ class Aside:
         """Handle what is queued, and end the thread."""
         self._stop.set()
         self._thread.join(_END_SECONDS)
-
-
-def found_by(event: Event) -> int:
-    """Return how many chunks the lookup of a queued event has found."""
-    return event.chunks if event.kind == "hit" else 0
 
 
 def chunk_sizes(spaces: Iterable[Space]) -> Counter[int]:

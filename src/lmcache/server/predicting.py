@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from lmcache.cache import Event, Heart
-from lmcache.server.aside import Aside, chunk_sizes, found_by
+from lmcache.server.aside import Aside, chunk_sizes
 from lmcache.server.loop import Loop
 from lmcache.sizing.curve import FACTORS, Curve, Estimate, Point
 
@@ -20,7 +20,8 @@ class Predicting:
         self._heard_events = self._estimated_events = 0
         self._aside = Aside(loop.runtime, "lmcache-predict", self._handle, self._after)
         self.close = self._aside.close
-        l1.events.listen(["hit", "missed", "stored"], self._heard)
+        l1.events.listen(["stored"], self._heard)
+        l1.events.listen(["answered"], self._heard, named=False)
         l1.events.listen(["cleared"], self._aside.put, named=False)
         loop.on_tick.append(self._note_sizes)
 
@@ -43,7 +44,7 @@ class Predicting:
             if event.kind == "stored":
                 self._curve.stored(event.hashes, size)
             else:
-                self._curve.looked_up(event.prompt, found_by(event), size)
+                self._curve.looked_up(event.hashes, event.found, size)
 
     def _after(self) -> None:
         if self._heard_events != self._estimated_events:

@@ -15,7 +15,7 @@ from lmcache import __version__
 from lmcache.cache import Event, Heart
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
-from lmcache.server.aside import Aside, chunk_sizes, found_by
+from lmcache.server.aside import Aside, chunk_sizes
 from lmcache.server.loop import Loop
 from lmcache.sizing.trace import Cleared, Lookup, Lost, Opened, Record, Stored, header, line_of, runs_of
 
@@ -63,7 +63,8 @@ class Recording:
             ) from None
         self._aside = Aside(loop.runtime, "lmcache-record", self._write, self._flush, self._end)
         self.close = self._aside.close
-        l1.events.listen(["hit", "missed", "stored"], self._heard)
+        l1.events.listen(["stored"], self._heard)
+        l1.events.listen(["answered"], self._heard, named=False)
         l1.events.listen(["cleared"], self._aside.put, named=False)
         loop.on_tick.append(self._note_spaces)
         logger.warning("Recording the hashes of all prompts in %s (no tokens); SECURITY.md says what they tell", path)
@@ -152,4 +153,4 @@ def _records_of(time: float, event: Event) -> Iterator[Record]:
         for parent, hashes in runs_of(event.hashes, event.parents):
             yield Stored(time, event.space, parent, hashes)
     else:
-        yield Lookup(time, event.space, event.prompt, 0, found_by(event))
+        yield Lookup(time, event.space, event.hashes, 0, event.found)

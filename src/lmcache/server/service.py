@@ -252,7 +252,6 @@ class Service:
             b"",
             -1,
             (),
-            b"",
         )
         told = *which, chunks, max(0, request.first_wanted), request.tokens, request.text, None
         self.l1.events.tell(Event._make(told))  # faster than a call of the class
