@@ -46,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("--memory-part", metavar="F", type=float, default=0.42)
     made.add_argument("--graphs", action="store_true", help="with torch.compile and CUDA graphs; default: eager")
     options = made.parse_args(argv)
+    if options.model is None:
+        made.error(
+            "--model is needed (python -m benchmarks.gpu.model): engines share no KV of weights that each draws anew"
+        )
     samples: list[Sample] = []
     failed = False
     settings = {"gpu_memory_utilization": options.memory_part, "enforce_eager": not options.graphs}

@@ -3,10 +3,13 @@
 vLLM's dummy weights are so small that attention does nothing: every prompt with the same end is answered alike, whatever KV a
 cache returns. So the weights are drawn anew in the engine's process once it has loaded them, as `demo.model` draws those of
 the small model: scores that spread, attention that matters, an output matrix that is not the embedding.
+
+    python -m benchmarks.gpu.model DIR [--shape qwen3-8b]      # a checkpoint (16 GB) for benchmarks with several engines
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +19,8 @@ from typing import Any
 from demo.model import qwen3_config
 
 CONTEXT_TOKENS = 40960
+_FILE_BYTES = 4 << 30
+"""A file of a checkpoint ends with the first weight beyond so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +117,54 @@ def redraw(worker: Any) -> int:
     """
     import torch
 
-    drawn = 0
     model = worker.model_runner.get_model()
-    vectors = _VECTORS.get(model.config.model_type, _VECTORS["qwen3"])
+    weights = sorted(model.named_parameters())
     with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            drawn += 1
-            if weight.dim() == 1:
-                weight.fill_(next(value for part, value in vectors.items() if part in name))
-                continue
-            gain = next((gain for part, gain in _GAINS.items() if part in name), 1.0)
-            inputs = weight.shape[-1]
-            if "embed" in name and model.config.model_type != "gemma3_text":
-                inputs = 1  # Gemma multiplies its embedding by the square root of its size
-            generator = torch.Generator(device=weight.device).manual_seed(drawn)
-            weight.normal_(0.0, gain / inputs**0.5, generator=generator)
-    return drawn
+        for number, (name, weight) in enumerate(weights, 1):
+            draw(weight, number, name, model.config.model_type)
+    return len(weights)
+
+
+def draw(weight: Any, number: int, name: str, model_type: str) -> None:
+    """Give a weight (a torch tensor) the values that belong to its name. number: of the weight; it decides what is drawn."""
+    import torch
+
+    if weight.dim() == 1:
+        vectors = _VECTORS.get(model_type, _VECTORS["qwen3"])
+        weight.fill_(next(value for part, value in vectors.items() if part in name))
+        return
+    gain = next((gain for part, gain in _GAINS.items() if part in name), 1.0)
+    inputs = weight.shape[-1]
+    if "embed" in name and model_type != "gemma3_text":
+        inputs = 1  # Gemma multiplies its embedding by the square root of its size
+    generator = torch.Generator(device=weight.device).manual_seed(number)
+    weight.normal_(0.0, gain / inputs**0.5, generator=generator)
+
+
+def write_checkpoint(shape: Shape, folder: Path) -> None:
+    """Write a checkpoint with such weights, which engines of one LMCache server share: they share no KV of weights that each has
+    drawn for itself. Needs transformers, and as much memory on the disk as the model has bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape.write(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kept, size, files, index = dict[str, Any](), 0, 0, dict[str, str]()
+    weights = sorted(model.named_parameters())
+    for number, (name, empty) in enumerate(weights, 1):
+        weight = torch.empty(empty.shape, dtype=torch.bfloat16, device=device)
+        draw(weight, number, name, shape.config["model_type"])
+        kept[name], size = weight.cpu(), size + weight.nbytes
+        if size > _FILE_BYTES or number == len(weights):
+            files += 1
+            save_file(kept, folder / f"model-{files:05}.safetensors", metadata={"format": "pt"})
+            index |= dict.fromkeys(kept, f"model-{files:05}.safetensors")
+            kept, size = {}, 0
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 _GAINS = {"lm_head": 3.0, "o_proj": 0.35, "down_proj": 0.35, "out_proj": 0.35, "w2_weight": 0.35}
@@ -147,3 +184,15 @@ def difference(one: dict[str, float], other: dict[str, float]) -> float:
     if 2 * len(both) < min(len(one), len(other)):
         return float("inf")
     return max(abs(one[token] - other[token]) for token in both)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.model")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=[*SHAPES], default="qwen3-8b")
+    options = parser.parse_args()
+    write_checkpoint(SHAPES[options.shape](), options.folder)
+
+
+if __name__ == "__main__":
+    main()
