@@ -123,6 +123,10 @@ def test_each_reason_of_l1_is_told_apart(server: Servers) -> None:
     assert reason(a[:32] + b, have=3) == ("differs", 2, {"differs": 48}), "the engine has chunk 2 itself"
     held = raw.reserve(c)
     assert reason(c, request="") == ("being_written", 0, {"being_written": 64}), "without an id it does not wait"
+    both = {"being_written": 64, "never_seen": 64}
+    assert reason(c + d, request="") == ("being_written", 0, both), "nobody writes the other chunks"
+    assert reason(c + d, have=4, request="") == ("never_seen", 4, {"never_seen": 64}), "the engine has what is written"
+    assert reason(c + d, have=2, request="") == ("being_written", 2, {"being_written": 32, "never_seen": 64})
     raw.ask(m.Commit(held.reservation, False))
     assert reason(c) == ("not_stored", 0, {"not_stored": 64})
     raw.store(c)
@@ -144,6 +148,8 @@ def test_a_shard_that_is_missing_is_a_reason(server: Servers) -> None:
     raw.store(chain(1, 2))
     raw.ask(m.Lookup(raw.space, chain(1, 2), request="half"))
     assert why(cache, "half")["missed"] == {"incomplete": 32}
+    raw.ask(m.Lookup(raw.space, chain(1, 2) + chain(2, 3), request="more"))
+    assert why(cache, "more")["missed"] == {"incomplete": 32, "never_seen": 48}
     raw.close()
 
 

@@ -70,6 +70,8 @@ class Accounts:
         most_bytes: memory for records and for what has become of chunks; 0 remembers nothing, and only counts.
         tiers: the names of the tiers, nearest first.
         who: returns the engine and the model of a process.
+        indexed: returns of a space, hashes and a first chunk how many of the chunks from there on the index of L1 holds, and why
+            the first of them is not complete; "" if it is.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Accounts:
         most_bytes: int = 0,
         tiers: Sequence[str] = (),
         who: Callable[[int], tuple[str, str]] = lambda process: ("", ""),
+        indexed: Callable[[int, bytes, int], tuple[str, int]] = lambda space, hashes, first: ("", 0),
     ) -> None:
         self.requested = 0
         self.found = Counter(dict.fromkeys((*SOURCES, *tiers), 0))
@@ -95,6 +98,7 @@ class Accounts:
         """Hash of a first chunk's tokens alone -> who asked for it last and has stored it."""
         self._most_texts = most_bytes // 32 // _TEXT_BYTES
         self._chunk_tokens, self._now, self._wall, self._tiers, self._who = chunk_tokens, now, wall, list(tiers), who
+        self._indexed = indexed
         self._arrived: dict[int, str] = {}
         """Chunks that were stored while a lookup waited -> by whom."""
         self._fetches: OrderedDict[object, FetchRecord] = OrderedDict()
@@ -196,7 +200,7 @@ class Accounts:
             keys = keys_of(event.hashes)
             if not usable:
                 self._twin = self._twin_of(event, keys)
-            runs, known = self._why_missing(keys, usable, event.found, why, fetch)
+            runs, known = self._why_missing(event, keys, usable, why, fetch)
             for reason, count in runs:
                 missed[reason] = missed.get(reason, 0) + count * size
         self._fit_end(tokens - asked * size, found, missed)
@@ -287,11 +291,11 @@ class Accounts:
     # Reasons
 
     def _why_missing(
-        self, keys: Sequence[int], first: int, in_l1: int, why: str, fetch: FetchRecord | None
+        self, event: Event, keys: Sequence[int], first: int, why: str, fetch: FetchRecord | None
     ) -> tuple[list[Run], Known | None]:
         """Return the reasons of the chunks from number `first` on, each with how many chunks, and what is known of the first.
-        in_l1: so many leading chunks are in L1."""
-        asked, last = len(keys), _OF_L1.get(why, "")
+        why: why the first chunk was missing that is not in L1."""
+        asked = len(keys)
         if why in _NO_LEASE:
             return [("no_lease", asked - first)], None
         ours = _fetch_reason(fetch) if fetch is not None else ""
@@ -299,15 +303,19 @@ class Accounts:
         if fetch is not None and ours:  # what was planned and has not arrived
             at = max(first, min(asked, fetch.l1_chunks + fetch.planned.total()))
         runs: list[Run] = [(ours, at - first)] if at > first else []
+        own, count = self._indexed(event.space, event.hashes, at) if at < asked else ("", 0)
+        if (
+            count
+        ):  # complete ones are missing for what is wrong with an earlier one or in another group, or came just now
+            runs.append((_OF_L1.get(own or why) or ours or "being_written", count))
+            at += count
         if self._seen is None:
-            return runs + [(last or "not_found", asked - at)] * (at < asked), None
+            return runs + [("not_found", asked - at)] * (at < asked), None
         for state, count in self._seen.runs(keys, at):
-            if at > first or not last:
-                last = _gone_reason(state, fetch) or last or "not_found"
-            runs.append((last, count))
+            runs.append((_gone_reason(state, fetch) or (runs[-1][0] if runs else "not_found"), count))
             at += count
         if at < asked:
-            runs.append((last if last in _OF_L1.values() else self._never_seen(keys, at, in_l1)[0], asked - at))
+            runs.append((self._never_seen(keys, at, event.found)[0], asked - at))
         return runs, self._seen.get(keys[first])
 
     def _never_seen(self, keys: Sequence[int], chunk: int, in_l1: int) -> tuple[str, int]:

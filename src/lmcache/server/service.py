@@ -60,7 +60,8 @@ class Service:
         self._now, self.started = loop.now, loop.now()
         tiers = [runner.name for runner in tiering.runners] if tiering is not None else []
         self.accounts = Accounts(
-            l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers, self.sessions.describe
+            *(l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers),
+            *(self.sessions.describe, l1.indexed),
         )
         self.sessions.on_gone.append(self.accounts.forget)
         self._untold: tuple[Peer, m.Lookup, str, bytes, int] | None = None
