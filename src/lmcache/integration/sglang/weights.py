@@ -1,8 +1,8 @@
 """Detection of new weights in a running SGLang engine. SGLang only tells its radix cache to drop its KV. But LMCache outlives the
 radix tree: it must not serve KV of the old weights, nor store KV of the new weights under the model's name.
 
-So the methods that change weights are wrapped, in this process, to call back first. SGLang empties its radix tree in most of them,
-which it refuses while a store runs, and releases no memory then. So running stores are waited for.
+So the methods that change weights are wrapped, in this process, to call back first. SGLang empties its radix tree in most of
+them. It refuses that while a store runs, and ends if it was told to release memory. So running stores are waited for.
 """
 
 from __future__ import annotations
