@@ -103,7 +103,8 @@ class Accounts:
         """Chunks that were stored while a lookup waited -> by whom."""
         self._fetches: OrderedDict[object, FetchRecord] = OrderedDict()
         """The fetches that ended last, by the id of a request and by the last hash."""
-        self._copies = OrderedDict[str, Copies]()
+        self._copies = OrderedDict[tuple[str, str], Copies]()
+        """By engine and request: engines may give their requests the same ids."""
         self._most_copies = most_bytes // 32 // _COPIES_BYTES
         self._twin: Twin | None = None
         """The twin of the lookup that is being accounted for."""
@@ -266,26 +267,28 @@ class Accounts:
         names: tuple[object, ...] = event.request, event.hashes[-HASH_BYTES:]
         for name in names:
             fetch = self._fetches.get(name) if name else None
-            if fetch is not None and fetch.ended >= since - _LATELY_SECONDS:
+            if fetch is None or fetch.ended < since - _LATELY_SECONDS:
+                continue
+            if event.hashes.find(fetch.prompt) >= 0:  # else another engine's request has the same id
                 return fetch
         return None
 
     # Copies
 
-    def copied(self, request: str, kind: str, tokens: int, seconds: float, shard: int) -> None:
-        """Note that the rank of a shard has copied tokens of a request; the first shard stands for all. kind: load, store, or
-        failed_load."""
+    def copied(self, engine: str, request: str, kind: str, tokens: int, seconds: float, shard: int) -> None:
+        """Note that the rank of a shard has copied tokens of an engine's request; the first shard stands for all. kind: load,
+        store, or failed_load."""
         if shard or not request or self._seen is None:
             return
-        copies = self._copies.setdefault(request, {})
+        copies = self._copies.setdefault((engine, request), {})
         before, took = copies.get(kind, (0, 0.0))
         copies[kind] = before + tokens, took + seconds
-        self._copies.move_to_end(request)
+        self._copies.move_to_end((engine, request))
         if len(self._copies) > self._most_copies:
             self._copies.popitem(last=False)
 
-    def copies_of(self, requests: Iterable[str]) -> dict[str, Copies]:
-        """Return the copies of these requests, as far as they are still remembered."""
+    def copies_of(self, requests: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Copies]:
+        """Return the copies of these requests of engines, as far as they are still remembered."""
         return {name: dict(found) for name in requests if (found := self._copies.get(name))}
 
     # Reasons

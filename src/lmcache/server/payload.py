@@ -82,6 +82,12 @@ class PayloadCopies:
                 frames = [memoryview(b"".join(frames))]
             return m.Pulled(list(map(headers.__getitem__, split_hashes(request.hashes)))), frames
 
+        def sealed(answer: m.Message, frames: Frames, sent: Callable[[], None] = nothing) -> None:
+            if frames and not peer.gone:
+                self._counters["lent_shards"] += len(lent.found)
+                self._counters["lent_bytes"] += size
+            reply(answer, frames, returned)
+
         peer.busy += 1  # until the frames are sent: the lease must not end before, even if the peer has gone
         try:
             if lent.shard_bytes >= m.JOINED_BYTES and len(lent.found) > m.MAX_PULLED_FRAMES:
@@ -90,12 +96,10 @@ class PayloadCopies:
                 )
             if self._sessions.held_bytes_of_peers + size > MAX_HELD_BYTES_OF_PEERS:
                 raise Refusal(f"{self._sessions.held_bytes_of_peers} bytes are being sent to peers already; try again")
-            self._in_worker(peer, size, seal, lambda answer, frames, sent=nothing: reply(answer, frames, returned))
+            self._in_worker(peer, size, seal, sealed)
         except Exception:  # also where no thread can be started
             returned()
             raise
-        self._counters["lent_shards"] += len(lent.found)
-        self._counters["lent_bytes"] += size
 
     def fill(self, peer: Peer, request: m.Fill, frames: list[bytes], reply: Reply) -> None:
         """Write the frames into reserved extents, then answer."""

@@ -130,12 +130,15 @@ class Service:
             else:
                 reply(m.Error("refused", f"{type(request).__name__} is not for this connection"), [])
         except Refusal as error:
+            self._untold = None
             self.counters["refused_requests"] += 1
             reply(m.Error("refused", str(error)), [])
         except LMCacheError as error:
+            self._untold = None
             self.counters["failed_requests"] += 1
             reply(m.Error("failed", str(error)), [])
         except Exception as error:  # without an answer the engine would wait until its deadline
+            self._untold = None
             self.counters["internal_errors"] += 1
             logger.exception("A %s request of %s failed in the server", type(request).__name__, peer.who)
             reply(m.Error("internal", f"{type(error).__name__} in the server: see its log"), [])
@@ -323,7 +326,7 @@ class Service:
     def _copied(self, peer: Peer, request: m.Copied) -> m.Message:
         name = m.request_name(request.request)
         if not request.ok:
-            self.accounts.copied(name, f"failed_{request.kind}", request.tokens, 0.0, request.shard)
+            self.accounts.copied(peer.instance, name, f"failed_{request.kind}", request.tokens, 0.0, request.shard)
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning(
                 "An engine could not %s %d tokens: see the log of %s", request.kind, request.tokens, peer.who
@@ -331,7 +334,7 @@ class Service:
             return m.Ok()
         if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
             raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
-        self.accounts.copied(name, request.kind, request.tokens, request.seconds, request.shard)
+        self.accounts.copied(peer.instance, name, request.kind, request.tokens, request.seconds, request.shard)
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens
         self.counters[f"{past}_microseconds"] += int(request.seconds * 1e6)
