@@ -830,6 +830,34 @@ def test_what_is_not_sent_is_not_counted_as_lent(folders: Callable[[str], Path])
         assert service.loop.ask(lambda: service.counters["lent_shards"]) == 2
 
 
+def test_peers_that_do_not_read_leave_room_for_stores(folders: Callable[[str], Path]) -> None:
+    """Each pulls one of eight small shards, and thereby holds all of the chunk."""
+    with server_parts(folders, 32 << 20) as (service, _):
+        l1, answers, hashes = service.l1, list[Any](), os.urandom(16 * 24)
+        peer: Any = SimpleNamespace(process=908, role=m.PEER, who="a test", busy=0, gone=False, held_bytes=0)
+
+        def store(space: int, chunks: bytes) -> bool:
+            grants = [l1.reserve(0.0, 900 + at, space, at, b"", True, chunks) for at in range(8)]
+            return all(l1.commit(0.0, 900 + at, one.reservation, True) for at, one in enumerate(grants))
+
+        def run() -> tuple[bool, int, bool]:
+            for number in range(9):
+                l1.join(900 + number, f"{number}")
+            space = 0
+            for at in range(8):
+                space = l1.open_space(900 + at, bytes(16), 8, at, 1 << 17)
+            stored = store(space, hashes)
+            for at in range(24):
+                service.handle(peer, m.Pull(bytes(16), 8, 0, hashes[16 * at : 16 * at + 16]), [], reply)
+            refused = sum(isinstance(one, m.Error) for one in answers)
+            return stored, refused, store(space, os.urandom(16 * 8))
+
+        def reply(answer: Any, frames: Any, sent: Callable[[], None] = lambda: None) -> None:
+            answers.append(answer)  # and never sent
+
+        assert service.loop.ask(run, PATIENCE) == (True, 8, True)
+
+
 def resolved(host: str, found: list[str]) -> tuple[str, ...]:
     if not found:
         raise OSError(f"host {host!r} does not resolve")
