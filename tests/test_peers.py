@@ -20,6 +20,7 @@ from engine_process import pause_once
 from lmcache import __version__
 from lmcache.chunks import Split, space_fingerprint
 from lmcache.config.options import peers
+from lmcache.engine.known import TIERS
 from lmcache.errors import ConfigError
 from lmcache.peers import dial, roster
 from lmcache.peers.dial import Myself, Name
@@ -38,6 +39,7 @@ from ports import free_port
 from prompts import tokens
 from proxy import Proxy
 from servers import PATIENCE, Impostor, Process, Raw, Server, beside, eventually, key_file, server_parts
+from test_followers import Publisher
 from test_groups import CHUNK, HybridEngine, ids_of
 from test_groups import engines as engines
 from test_splits import Ranks
@@ -172,6 +174,17 @@ def test_models_with_groups_and_with_other_splits_are_pulled(
     assert ranks(big, "one", Split((), 1)).load(other) == 160, "by the sister that the other engine has opened"
     nothing_lent(here)
     nothing_lent(small)
+
+
+def test_what_was_pulled_is_told_to_routers_as_l1s_and_not_as_stored(server: Servers, engine: Engines) -> None:
+    """A peer evicts by itself, and tells nobody."""
+    here = server()
+    there = pulling_from(server, here.port)
+    engine(here, "writer").store(IDS)
+    router = Publisher(engine(there, "reader", follows=True))
+    eventually(lambda: router.look_up(IDS, name="first") == 40)
+    router.until(lambda: router.told(IDS))
+    assert not any(router.has[TIERS].values())
 
 
 def test_what_is_evicted_while_it_is_pulled_is_whole_or_a_miss(server: Servers, engine: Engines) -> None:
