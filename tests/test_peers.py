@@ -181,9 +181,12 @@ def test_what_was_pulled_is_told_to_routers_as_l1s_and_not_as_stored(server: Ser
     here = server()
     there = pulling_from(server, here.port)
     engine(here, "writer").store(IDS)
-    router = Publisher(engine(there, "reader", follows=True))
+    reader, later = engine(there, "reader", follows=True), tokens(64, 9)
+    router = Publisher(reader)
     eventually(lambda: router.look_up(IDS, name="first") == 40)
-    router.until(lambda: router.told(IDS))
+    router.look_up(later, name="second")
+    reader.store(later)
+    router.until(lambda: router.told(IDS) and router.told(later))  # so all that was before it has been told
     assert not any(router.has[TIERS].values())
 
 
