@@ -283,6 +283,17 @@ def test_requests_of_two_engines_may_have_the_same_id() -> None:
     assert accounts.copies_of([("two", "r"), ("three", "r")]) == {("two", "r"): {"load": (32, 1.0)}}
 
 
+def test_an_answer_that_is_told_later_ends_no_wait_of_the_same_name() -> None:
+    """An engine may give the next request the id of one that has just ended with a hit."""
+    events, accounts = kept()
+    first, second = chain(1, 4), chain(2, 4)
+    events.tell(Event("waits", 0, 4, process=1, request="r", hashes=second))
+    events.tell(Event("answered", 0, 4, "later", 1, "", "r", hashes=first, found=4))
+    assert accounts.is_uncounted(1, "r") and accounts.requested == 64
+    events.tell(Event("answered", 0, 4, "", 1, "", "r", hashes=second, found=4))
+    assert not accounts.waiting and accounts.requested == 128
+
+
 def test_a_lookup_whose_answer_fails_is_not_accounted_for(folders: Callable[[str], Path]) -> None:
     with server_parts(folders, 32 << 20) as (service, _):
 

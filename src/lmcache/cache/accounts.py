@@ -185,7 +185,11 @@ class Accounts:
     def _answered(self, event: Event) -> None:
         now, asked, have, size, why = self._now(), event.chunks, event.have, self._chunk_tokens, self._why
         self._why, self._twin = "", None
-        since, in_l1 = self.waiting.pop(_name(event), (now, asked)) if self.waiting else (now, asked)
+        since, in_l1 = now, asked
+        if (
+            self.waiting and not event.reason
+        ):  # who waits now under the name of a lookup that is told later is another one
+            since, in_l1 = self.waiting.pop(_name(event), (now, asked))
         self._forget_old(now)
         tokens, own = self._tokens(event), min(have, asked)
         usable, runs, known, fetch = max(event.found, own), list[Run](), None, None

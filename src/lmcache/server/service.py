@@ -239,15 +239,15 @@ class Service:
         if 16 * chunks < len(hashes) or self.accounts.waiting:
             self._tell(*told)
         else:
-            self.loop.when_idle(partial(self._tell, *told))
+            self.loop.when_idle(partial(self._tell, *told, "later"))
 
-    def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, chunks: int) -> None:
+    def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, chunks: int, reason: str = "") -> None:
         """Tell the listeners of a lookup that has been answered."""
         which = (
             "answered",
             request.space,
             len(hashes) // 16,
-            "",
+            reason,
             peer.process,
             "",
             name,
