@@ -123,6 +123,10 @@ def test_each_reason_of_l1_is_told_apart(server: Servers) -> None:
     assert reason(a[:32] + b, have=3) == ("differs", 2, {"differs": 48}), "the engine has chunk 2 itself"
     held = raw.reserve(c)
     assert reason(c, request="") == ("being_written", 0, {"being_written": 64}), "without an id it does not wait"
+    both = {"being_written": 64, "never_seen": 64}
+    assert reason(c + d, request="") == ("being_written", 0, both), "nobody writes the other chunks"
+    assert reason(c + d, have=4, request="") == ("never_seen", 4, {"never_seen": 64}), "the engine has what is written"
+    assert reason(c + d, have=2, request="") == ("being_written", 2, {"being_written": 32, "never_seen": 64})
     raw.ask(m.Commit(held.reservation, False))
     assert reason(c) == ("not_stored", 0, {"not_stored": 64})
     raw.store(c)
@@ -144,6 +148,8 @@ def test_a_shard_that_is_missing_is_a_reason(server: Servers) -> None:
     raw.store(chain(1, 2))
     raw.ask(m.Lookup(raw.space, chain(1, 2), request="half"))
     assert why(cache, "half")["missed"] == {"incomplete": 32}
+    raw.ask(m.Lookup(raw.space, chain(1, 2) + chain(2, 3), request="more"))
+    assert why(cache, "more")["missed"] == {"incomplete": 32, "never_seen": 48}
     raw.close()
 
 
@@ -191,7 +197,9 @@ def test_copies_and_texts_stay_within_their_memory() -> None:
     accounts, dice = Accounts(Events(), CHUNK, lambda: 1e6, lambda: 1e9, 32 << 20), random.Random(3)
     for number in range(20_000):
         for kind in ("load", "store"):
-            accounts.copied(f"chatcmpl-{number:032x}-{number:08x}", kind, 100_000 + number, 1.5 + number, 0)
+            accounts.copied(
+                "an engine", f"chatcmpl-{number:032x}-{number:08x}", kind, 100_000 + number, 1.5 + number, 0
+            )
         accounts._twin_of(Event("answered", 0, 1, text=dice.randbytes(8)), [dice.randrange(1 << 63)])
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
@@ -213,7 +221,9 @@ def test_records_keep_the_latest_and_page() -> None:
     assert [one.number for one in page] == list(range(2000, 1994, -1)) and not rest
     page, _ = select(kept.blocks(), request="id-1999")
     assert [one.number for one in page] == [1999]
-    assert select(kept.blocks(), request="d-1999") == ([], 0)
+    pauses: list[int] = []
+    assert select(kept.blocks(), request="d-1999", pause=lambda: pauses.append(1)) == ([], 0)
+    assert len(pauses) == len(kept.blocks()) > 1, "a search of all records does not keep Python's lock"
 
 
 def kept(most_bytes: int = 1 << 20, tiers: tuple[str, ...] = ("disk",)) -> tuple[Events, Accounts]:
@@ -258,6 +268,52 @@ def test_too_many_waiting_lookups_are_a_reason() -> None:
     events.tell(Event("evicted", 0, 4, hashes=hashes, wanted_by=0))
     tell_fetched(events, hashes, "too many", {})
     assert told(events, accounts, hashes).missed == {"tier_busy": 64}
+
+
+def test_requests_of_two_engines_may_have_the_same_id() -> None:
+    events, accounts = kept()
+    mine, theirs = chain(1, 4), chain(2, 4)
+    for hashes in (mine, theirs):
+        tell_stored(events, hashes)
+        events.tell(Event("evicted", 0, 4, hashes=hashes, wanted_by=0))
+    tell_fetched(events, theirs, "too many", {})
+    assert told(events, accounts, mine).missed == {"evicted": 64}, "it is not the other one's fetch"
+    for engine, tokens in (("one", 16), ("two", 32)):
+        accounts.copied(engine, "r", "load", tokens, 1.0, 0)
+    assert accounts.copies_of([("two", "r"), ("three", "r")]) == {("two", "r"): {"load": (32, 1.0)}}
+
+
+def test_an_answer_that_is_told_later_ends_no_wait_of_the_same_name() -> None:
+    """An engine may give the next request the id of one that has just ended with a hit."""
+    events, accounts = kept()
+    first, second = chain(1, 4), chain(2, 4)
+    events.tell(Event("waits", 0, 4, process=1, request="r", hashes=second))
+    events.tell(Event("answered", 0, 4, "later", 1, "", "r", hashes=first, found=4))
+    assert accounts.is_uncounted(1, "r") and accounts.requested == 64
+    events.tell(Event("answered", 0, 4, "", 1, "", "r", hashes=second, found=4))
+    assert not accounts.waiting and accounts.requested == 128
+
+
+def test_a_lookup_whose_answer_fails_is_not_accounted_for(folders: Callable[[str], Path]) -> None:
+    with server_parts(folders, 32 << 20) as (service, _):
+
+        def ask() -> object:
+            service.l1.join(900, "one")
+            space = service.l1.open_space(900, bytes(16), 1, 0, 4096)
+            peer: Any = SimpleNamespace(process=900, held_bytes=0, role="scheduler", who="a test")
+            answers: list[Any] = []
+
+            def reply(answer: m.Message, frames: Any) -> None:
+                answers.append(answer)
+                if len(answers) == 1:
+                    raise ValueError("the test")
+
+            service.handle(peer, m.Lookup(space, chain(1, 4)), [], reply)
+            assert isinstance(answers[1], m.Error)
+            service.handle(peer, m.Ping(), [], reply)
+            return service.accounts.requested
+
+        assert service.loop.ask(ask) == 0
 
 
 def test_what_another_engine_owes_after_a_tier_has_delivered_is_not_the_tiers_fault() -> None:
@@ -362,6 +418,9 @@ def test_why_explains_to_people(server: Servers, engine: Engines, capsys: pytest
     )
     assert main(["why", "nobody", "--url", url]) == 1 and "No record" in capsys.readouterr().out
     assert main(["why", "--since", "soon", "--url", url]) == 2
+    for wrong in (["cmpl-1"], ["--last", "3"], ["--misses"]):
+        assert main(["why", "--summary", *wrong, "--url", url]) == 2, "it would be about all requests all the same"
+    assert "leave out REQUEST_ID" in capsys.readouterr().err
 
 
 def test_a_request_whose_wait_takes_too_long_is_counted_once(server: Servers, engine: Engines) -> None:

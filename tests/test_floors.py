@@ -54,6 +54,7 @@ REAL_TIME = {
         "asyncio Thread Event",
         "its thread answers when the loop does not, and its callers are real",
     ),
+    "lmcache.proxy.connections": ("asyncio", "names the type of uvicorn's transports; its clients are real"),
     "lmcache.server.loop": ("result", "the thread of HTTP waits for the loop"),
     "lmcache.server.report": ("result", "the thread of HTTP waits for tiers to be cleared"),
     "lmcache.memory.arena": ("time", "measures how busy the machine is"),

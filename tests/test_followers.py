@@ -298,7 +298,7 @@ def test_the_answers_of_ended_requests_are_not_kept(folders, engine) -> None:
         asked.request.all_token_ids += tokens(1000, 2)
         router.events.ended(asked)
         prompt = router.events._known.prompt("r", chain)
-        assert prompt is not None and prompt.tokens == ids[:96] and len(prompt.blocks or ()) == 3
+        assert prompt is not None and list(prompt.tokens or ()) == ids[:96] and len(prompt.blocks or ()) == 3
         one.store(ids)
         router.until(lambda: router.told(ids))
 
@@ -324,6 +324,49 @@ def test_an_error_ends_the_events_and_nothing_else(caplog: pytest.LogCaptureFixt
     assert events.take() == [] == events.take()
     assert caplog.text.count("publishes no KV events any more") == 1
     assert split_hashes(b"") == []
+
+
+def following(*news: Any) -> tuple[Any, Any, KVEvents]:
+    """A session that is told this, a request of four chunks and two blocks, and the events of its engine."""
+    session = SimpleNamespace(is_told=True, news=deque(news), restarts=0, ask_news=lambda: None, epoch=b"now")
+    request = SimpleNamespace(all_token_ids=list(range(64)))
+    chain = TokenChain(chunk_root(b"f" * 16), 16)
+    chain.extend(request.all_token_ids)
+    asked = SimpleNamespace(id="r", chain=chain, hit=SimpleNamespace(chunks=4, epoch=b"now"), request=request)
+    return session, asked, KVEvents(SimpleNamespace(session=session, resets=0), 32, Blocks())  # type: ignore[arg-type]
+
+
+def test_a_hit_of_the_server_before_this_one_is_not_told() -> None:
+    """It may have been found just before the connection's thread has reached the next server."""
+    _, asked, events = following()
+    asked.hit.epoch = b"before"
+    events.looked_up(asked)
+    assert events.take() == []
+    asked.hit = SimpleNamespace(chunks=4, epoch=b"now")
+    events.looked_up(asked)
+    assert [len(one.blocks) for one in events.take()] == [2]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_was_published_before_an_error_is_taken_back(caplog: pytest.LogCaptureFixture, late: bool) -> None:
+    session, asked, events = following()
+    events.looked_up(asked)
+    (stored,) = events.take()
+    if late:  # a removal waits to be published
+        events._known.gone(split_hashes(asked.chain.hashes)[3], L1)
+    session.news.append(("nonsense",))
+    removed = events.take()
+    assert [one.tokens for one in removed] == [None] * len(removed) and stored.tokens is not None
+    assert sorted(block for one in removed for block in one.blocks) == sorted(stored.blocks)
+    assert events.take() == [] and caplog.text.count("publishes no KV events any more") == 1
+
+
+def test_events_that_cannot_be_made_are_no_end_of_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    _, asked, events = following()
+    events.looked_up(asked)
+    events._events = SimpleNamespace()  # type: ignore[assignment]
+    assert events.take() == [] == events.take()
+    assert "could not be taken back" in caplog.text
 
 
 def test_an_error_while_all_is_told_again_does_not_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

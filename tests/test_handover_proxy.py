@@ -8,6 +8,7 @@ import json
 import socket
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import pytest
 
 from lmcache.cli.main import main
 from lmcache.errors import ConfigError
-from lmcache.proxy import app, upstream
+from lmcache.proxy import app, connections, upstream
 from lmcache.proxy.upstream import AVOIDED_SECONDS, in_turn, parse_engines
 from ports import free_port
 from servers import PATIENCE, Process, eventually
@@ -35,6 +36,8 @@ class Engine:
         self.name, self.asked, self.headers = name, list[tuple[str, Json]](), list[dict[str, str]]()
         self.status, self.params, self.go, self.cut = 200, None, threading.Event(), False
         """go: until it is set, a stream stands still after its first event. cut: the stream then ends too early."""
+        self.trickles = False
+        """Whether answers come a byte at a time, and never to their end."""
         self.hung_up = threading.Event()
         self.go.set()
         engine = self
@@ -61,9 +64,18 @@ class Engine:
                 data = json.dumps({"from": engine.name, **more}).encode()
                 self.send_response(engine.status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Content-Length", str(len(data) + (1 << 30) * engine.trickles))
+                if engine.status == 429:
+                    self.send_header("Retry-After", "7")
                 self.end_headers()
                 self.wfile.write(data)
+                while engine.trickles:
+                    try:
+                        self.wfile.write(b" ")
+                    except OSError:
+                        engine.hung_up.set()
+                        return
+                    time.sleep(0.05)
 
             def _stream(self) -> None:
                 self.send_response(200)
@@ -237,6 +249,92 @@ def test_an_engine_that_hangs_costs_the_timeout(bed: Callable[..., Bed]) -> None
     assert len(one.asked(one.prefill)) == 1, "the wait is not repeated with the next one"
 
 
+def test_a_prefill_that_trickles_costs_the_timeout(bed: Callable[..., Bed]) -> None:
+    one = bed(timeout="3")
+    for engine in one.prefill:
+        engine.trickles = True
+    assert one.post({"prompt": "a"})[1]["from"] == "d1"
+    assert len(one.asked(one.prefill)) == 1, "the wait is not repeated with the next one"
+    assert next(engine for engine in one.prefill if engine.asked).hung_up.wait(PATIENCE), "its request has ended"
+
+
+def test_a_client_that_hangs_up_ends_its_question_for_models_too(bed: Callable[..., Bed]) -> None:
+    one = bed()
+    for engine in one.decode:
+        engine.trickles = True
+    with socket.create_connection(("127.0.0.1", one.port), PATIENCE) as client:
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert client.recv(1)
+    assert next(engine for engine in one.decode if engine.asked).hung_up.wait(PATIENCE)
+
+
+def test_an_engine_may_say_when_to_try_again(bed: Callable[..., Bed]) -> None:
+    one = bed()
+    for engine in one.decode:
+        engine.status = 429
+    connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=PATIENCE)
+    connection.request("POST", "/v1/completions", "{}")
+    answer = connection.getresponse()
+    assert (answer.status, answer.getheader("Retry-After")) == (429, "7")
+
+
+@pytest.mark.parametrize(
+    ("headers", "local", "refused"),
+    [
+        ({"host": "127.0.0.1:8000"}, True, False),
+        ({"host": "gateway"}, True, False),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}, True, False),
+        ({"host": "evil.example:8000", "origin": "http://evil.example:8000"}, True, True),
+        ({"host": "evil.example:8000", "sec-fetch-site": "same-origin"}, True, True),
+        ({"host": "gpu-7:8000", "origin": "http://gpu-7:8000", "sec-fetch-site": "same-origin"}, False, False),
+        ({"host": "127.0.0.1:8000", "sec-fetch-site": "cross-site"}, False, True),
+    ],
+)
+def test_pages_of_other_hosts_are_refused(headers: dict[str, str], local: bool, refused: bool) -> None:
+    sent = ask([b"{}"], headers=headers, local=local)
+    assert sent == [403 if refused else 502] * 2
+
+
+def test_a_client_that_stops_amid_a_request_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SILENCE_SECONDS", 0.01)
+    assert ask([b"{"], silent=True) == [408, 408]
+
+
+def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    import uvicorn
+
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.05)
+    release = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await release.wait()
+        await app._answer(send, 200, {})
+
+    async def run() -> None:
+        config = uvicorn.Config(
+            slow, http=connections.Connection, lifespan="off", log_config=None, timeout_keep_alive=600
+        )
+        server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve([listener]))
+        where = listener.getsockname()[:2]
+        idle, _ = await asyncio.open_connection(*where)
+        half, sends = await asyncio.open_connection(*where)
+        sends.write(b"GET / HTT")
+        busy, asks = await asyncio.open_connection(*where)
+        asks.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert await asyncio.wait_for(idle.read(), PATIENCE) == b""
+        assert await asyncio.wait_for(half.read(), PATIENCE) == b""
+        release.set()
+        assert b"200" in await asyncio.wait_for(busy.readline(), PATIENCE), "a request that runs is not idle"
+        assert await asyncio.wait_for(busy.read(), PATIENCE), "idle again, and closed"
+        server.should_exit = True
+        await serving
+
+    asyncio.run(run())
+
+
 def test_wrong_requests(bed: Callable[..., Bed], monkeypatch: pytest.MonkeyPatch) -> None:
     one = bed()
     for body in (b"", b"[1]", b"{", b"[" * 100_000):
@@ -287,13 +385,16 @@ def test_a_prefill_engine_that_takes_no_connections_is_replaced_by_the_next(monk
         anyio.run(connect)
 
 
-def ask(body: list[bytes], hang_up: bool = False) -> list[int]:
+def ask(
+    body: list[bytes], hang_up: bool = False, silent: bool = False, local: bool = False, headers: Any = None
+) -> list[int]:
     """What a proxy without engines answers to a body in these parts."""
     sent: list[int] = []
 
     async def run() -> None:
         parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]
-        parts[-1]["more_body"] = hang_up
+        parts[-1]["more_body"] = hang_up or silent
+        given = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
 
         async def receive() -> Any:
             if parts:
@@ -305,10 +406,10 @@ def ask(body: list[bytes], hang_up: bool = False) -> list[int]:
         async def send(message: Any) -> None:
             sent.extend([message["status"]] if "status" in message else [])
 
-        proxy = app.Proxy([], [], 600.0)
+        proxy = app.Proxy([], [], 600.0, local)
         for _ in range(2):  # the first one is not held any more
             held = list(parts)
-            await proxy({"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}, receive, send)
+            await proxy({"type": "http", "path": "/v1/completions", "method": "POST", "headers": given}, receive, send)
             parts[:] = held
 
     anyio.run(run)

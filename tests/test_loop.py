@@ -53,6 +53,26 @@ def test_what_gets_the_number_of_a_descriptor_that_was_closed_is_not_taken_for_r
         os.close(one)
 
 
+def test_work_that_goes_on_with_another_call_lets_events_in_between() -> None:
+    loop, done = Loop(), list[str]()
+    read, write = os.pipe()
+
+    def work() -> None:
+        done.append("work")
+        if len(done) == 1:
+            os.write(write, b"x")
+        if len(done) < 100:
+            loop.call_soon(work)
+
+    loop.watch(read, lambda: done.append(os.read(read, 1).decode()))
+    loop.call_soon(work)
+    loop.run_until(lambda: len(done) >= 100, PATIENCE)
+    assert done.index("x") <= 2 and len(done) == 100
+    loop.close()
+    for one in (read, write):
+        os.close(one)
+
+
 def test_its_threads_end_with_it_but_for_those_that_hang() -> None:
     loop, gate, began, late = Loop(), threading.Event(), threading.Event(), threading.Event()
 

@@ -20,12 +20,14 @@ from engine_process import pause_once
 from lmcache import __version__
 from lmcache.chunks import Split, space_fingerprint
 from lmcache.config.options import peers
+from lmcache.engine.known import TIERS
 from lmcache.errors import ConfigError
 from lmcache.peers import dial, roster
 from lmcache.peers.dial import Myself, Name
 from lmcache.peers.pulls import take
 from lmcache.peers.tier import PeersTier
 from lmcache.runtime import RUNTIME
+from lmcache.server import zmq_endpoint
 from lmcache.server.sessions import MAX_HELD_BYTES_OF_PEERS
 from lmcache.tiers import ABSENT, OK, ShardKey, TierError
 from lmcache.tiers.frame import CHECKSUM, OTHER_SHARD, OTHER_SIZE, make_header
@@ -36,7 +38,8 @@ from lmcache.wire.carriers import ZmqCarrier
 from ports import free_port
 from prompts import tokens
 from proxy import Proxy
-from servers import PATIENCE, Impostor, Process, Raw, Server, beside, eventually, key_file
+from servers import PATIENCE, Impostor, Process, Raw, Server, beside, eventually, key_file, server_parts
+from test_followers import Publisher
 from test_groups import CHUNK, HybridEngine, ids_of
 from test_groups import engines as engines
 from test_splits import Ranks
@@ -171,6 +174,20 @@ def test_models_with_groups_and_with_other_splits_are_pulled(
     assert ranks(big, "one", Split((), 1)).load(other) == 160, "by the sister that the other engine has opened"
     nothing_lent(here)
     nothing_lent(small)
+
+
+def test_what_was_pulled_is_told_to_routers_as_l1s_and_not_as_stored(server: Servers, engine: Engines) -> None:
+    """A peer evicts by itself, and tells nobody."""
+    here = server()
+    there = pulling_from(server, here.port)
+    engine(here, "writer").store(IDS)
+    reader, later = engine(there, "reader", follows=True), tokens(64, 9)
+    router = Publisher(reader)
+    eventually(lambda: router.look_up(IDS, name="first") == 40)
+    router.look_up(later, name="second")
+    reader.store(later)
+    router.until(lambda: router.told(IDS) and router.told(later))  # so all that was before it has been told
+    assert not any(router.has[TIERS].values())
 
 
 def test_what_is_evicted_while_it_is_pulled_is_whole_or_a_miss(server: Servers, engine: Engines) -> None:
@@ -774,6 +791,87 @@ def test_a_name_that_never_resolves_keeps_no_addresses_of_others(
     eventually(lambda: [peer.address for peer in one.tier._roster.peers] == ["127.0.1.1:1"])
     found[0] = "127.0.1.2"
     eventually(lambda: [peer.address for peer in one.tier._roster.peers] == ["127.0.1.2:1"])
+
+
+def test_addresses_beyond_the_most_are_named_once(
+    asked: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(roster, "RESOLVE_SECONDS", 0.01)
+    monkeypatch.setattr(roster, "MAX_PEERS", 2)
+    looked: list[str] = []
+
+    def addresses(host: str) -> tuple[str, ...]:
+        looked.append(host)
+        return tuple(f"127.0.1.{number}" for number in range(1, 6))
+
+    monkeypatch.setattr(dial, "addresses", addresses)
+    one = asked([("servers", 1)])
+    eventually(lambda: len(looked) > 3)
+    assert len(one.tier._roster.peers) == 2
+    assert caplog.text.count("3 addresses of peers are left out, such as 127.0.1.3:1") == 1
+
+
+def test_all_peers_leave_room_for_engines() -> None:
+    assert dial.MAX_PEERS * (dial.MAX_CONNECTIONS + 1) <= 0.75 * zmq_endpoint.MAX_PEERS
+
+
+def test_what_is_not_sent_is_not_counted_as_lent(folders: Callable[[str], Path]) -> None:
+    with server_parts(folders, 32 << 20) as (service, _):
+        one, answers, hashes = service.l1, list[Any](), os.urandom(32)
+        peer: Any = SimpleNamespace(process=901, role=m.PEER, who="a test", busy=0, gone=False, held_bytes=0)
+
+        def pull() -> None:
+            one.join(900, "one")
+            space = one.open_space(900, bytes(16), 1, 0, 4096)
+            one.commit(0.0, 900, one.reserve(0.0, 900, space, 0, b"", True, hashes).reservation, True)
+            one.join(901, "two")
+            service.handle(peer, m.Pull(bytes(16), 1, 0, hashes), [], reply)
+
+        def reply(answer: Any, frames: Any, sent: Callable[[], None] = lambda: None) -> None:
+            answers.append(answer)
+            sent()
+
+        work = service._payload._workers.submit
+        ran = threading.Event()
+        service._payload._workers.submit = lambda call: work(lambda: (ran.wait(PATIENCE), call()))  # type: ignore
+        service.sessions.gone = lambda peer: None  # type: ignore[method-assign]
+        service.loop.ask(pull)
+        peer.gone = True
+        ran.set()
+        eventually(lambda: answers)
+        assert service.loop.ask(lambda: service.counters["lent_shards"]) == 0
+        peer.gone = False
+        service.loop.ask(lambda: service.handle(peer, m.Pull(bytes(16), 1, 0, hashes), [], reply))
+        eventually(lambda: len(answers) == 2)
+        assert service.loop.ask(lambda: service.counters["lent_shards"]) == 2
+
+
+def test_peers_that_do_not_read_leave_room_for_stores(folders: Callable[[str], Path]) -> None:
+    """Each pulls one of eight small shards, and thereby holds all of the chunk."""
+    with server_parts(folders, 32 << 20) as (service, _):
+        l1, answers, hashes = service.l1, list[Any](), os.urandom(16 * 24)
+        peer: Any = SimpleNamespace(process=908, role=m.PEER, who="a test", busy=0, gone=False, held_bytes=0)
+
+        def store(space: int, chunks: bytes) -> bool:
+            grants = [l1.reserve(0.0, 900 + at, space, at, b"", True, chunks) for at in range(8)]
+            return all(l1.commit(0.0, 900 + at, one.reservation, True) for at, one in enumerate(grants))
+
+        def run() -> tuple[bool, int, bool]:
+            for number in range(9):
+                l1.join(900 + number, f"{number}")
+            space = 0
+            for at in range(8):
+                space = l1.open_space(900 + at, bytes(16), 8, at, 1 << 17)
+            stored = store(space, hashes)
+            for at in range(24):
+                service.handle(peer, m.Pull(bytes(16), 8, 0, hashes[16 * at : 16 * at + 16]), [], reply)
+            refused = sum(isinstance(one, m.Error) for one in answers)
+            return stored, refused, store(space, os.urandom(16 * 8))
+
+        def reply(answer: Any, frames: Any, sent: Callable[[], None] = lambda: None) -> None:
+            answers.append(answer)  # and never sent
+
+        assert service.loop.ask(run, PATIENCE) == (True, 8, True)
 
 
 def resolved(host: str, found: list[str]) -> tuple[str, ...]:

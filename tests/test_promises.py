@@ -353,6 +353,21 @@ def test_an_engine_that_only_decodes_does_not_wait_for_silence_at_a_pace_that_ca
     assert engines.outcomes == ["late"]
 
 
+def test_an_engine_that_only_decodes_leaves_a_prefill_that_trickles(engines: Engines) -> None:
+    """It waits for chunks that come late for twice the time that the other one's pace suggests, and then for steady ones only."""
+    prompt = chain(10)
+    engines.ask(1, prompt, rate=RATE / 10)  # a second for each chunk
+    began, stored = engines.now, 0
+    while engines.ask(2, prompt, rate=0.0):
+        assert engines.now < began + 60.0, "it would wait for all of them"
+        engines.later(0.1)
+        if engines.now > began + 6.0 * (stored + 1):
+            stored += 1
+            engines.store(1, prompt[: 16 * stored], first=stored - 1)
+    assert engines.now - began == pytest.approx(20.0 + UNPACED_WAIT_SECONDS, abs=0.2)
+    assert engines.outcomes == ["late"] and engines.have(prompt) == stored == 3, "what has come is used"
+
+
 def test_what_the_engine_has_itself_is_not_waited_for(engines: Engines) -> None:
     prompt = chain(10)
     engines.ask(1, prompt)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_process import pause_once
 from hashing import Turns
 from lmcache.config.engine import FILE_VARIABLE
 from lmcache.engine import Loading, connection
@@ -33,7 +34,7 @@ from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector,
 from lmcache.integration.sglang.utils import lmcache_get_config
 from lmcache.runtime import RUNTIME
 from lmcache.transfer.progress import Progress
-from servers import PATIENCE, Server, eventually
+from servers import PATIENCE, Server, beside, eventually
 from sglang_pool import HEADS, VOCABULARY, MHATokenToKVPool, MLATokenToKVPool, ModelConfig, SGLang
 
 Servers = Callable[..., Server]
@@ -240,10 +241,16 @@ class Updater:
 
     def __init__(self, taken_slots: int) -> None:
         pool = SimpleNamespace(size=4099, page_size=4, available_size=lambda: 4096 - taken_slots)
-        self.scheduler = SimpleNamespace(token_to_kv_pool_allocator=pool)
+        self.done: list[str] = []
+        tree = SimpleNamespace(check_hicache_events=lambda: self.done.append("looked"))
+        self.scheduler = SimpleNamespace(token_to_kv_pool_allocator=pool, tree_cache=tree)
 
     def update_weights_from_disk(self, path: str) -> str:
+        self.done.append("updated")
         return f"loaded {path}"
+
+    def release_memory_occupation(self, request: Any) -> None:
+        self.done.append("released")
 
 
 @pytest.fixture
@@ -251,6 +258,7 @@ def updater(monkeypatch: pytest.MonkeyPatch) -> type[Updater]:
     fresh = type("Updater", (Updater,), {})
     monkeypatch.setattr(weights, "_owner", lambda: fresh)
     monkeypatch.setattr(weights, "_listeners", [])
+    monkeypatch.setattr(weights, "_waits", [])
     return fresh
 
 
@@ -291,6 +299,34 @@ def test_new_weights(server: Servers, sglang: Engines, updater: type[Updater]) -
     assert other.load("f", text, salt=salt)[0] == 160, "the other engine has the old weights"
 
 
+@pytest.mark.parametrize("releases", [False, True])
+def test_sglang_hears_of_the_ends_of_stores_before_it_empties_its_cache(
+    server: Servers, sglang: Engines, updater: type[Updater], releases: bool
+) -> None:
+    """It refuses to do so while a store runs, and ends if it was told to release memory."""
+    engine, one, text = sglang(server(chunk=16), 16), updater(160), tokens(160, 11)
+    rank = engine.connector._rank
+    assert rank is not None
+    runs, go = threading.Event(), threading.Event()
+
+    def midway() -> None:
+        runs.set()
+        assert go.wait(PATIENCE)
+        one.done.append("stored")
+
+    pause_once(rank.worker._access.parts[0].copier, "gather", midway)
+    stores = beside(lambda: engine.compute_and_store("a", text))
+    assert runs.wait(PATIENCE)
+    waits = rank.copies.session.wait_finished
+    rank.copies.session.wait_finished = lambda seconds: (go.set(), waits(seconds))[1]  # type: ignore[method-assign]
+    if releases:
+        one.release_memory_occupation(SimpleNamespace(tags=["kv_cache"]))
+    else:
+        one.update_weights_from_disk("x")
+    assert one.done == ["stored", "looked", "released" if releases else "updated"]
+    assert stores.result(PATIENCE).future.ok
+
+
 @pytest.mark.parametrize(
     ("name", "request_of", "backup", "changes"),
     [
@@ -311,6 +347,7 @@ def test_what_sglang_does_to_its_weights(
     owner = type("Owner", (), {name: lambda self, request: "done"})
     monkeypatch.setattr(weights, "_owner", lambda: owner)
     monkeypatch.setattr(weights, "_listeners", [])
+    monkeypatch.setattr(weights, "_waits", [])
     monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(enable_weights_cpu_backup=backup))
     heard: list[bool] = []
     weights.on_new_weights(heard.append)

@@ -122,7 +122,12 @@ class Engine(Process):
         return output
 
     def post(self, path: str, body: Any = None) -> str:
-        data = json.dumps(body or {}).encode()
+        return self._ask(path, json.dumps(body or {}).encode())
+
+    def get(self, path: str) -> str:
+        return self._ask(path, None)
+
+    def _ask(self, path: str, data: bytes | None) -> str:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
         )

@@ -1,9 +1,11 @@
-"""Makes a load go wrong on demand, in an SGLang that `launch.py` has started: a test writes a file for the next load."""
+"""Makes copies go wrong on demand, in an SGLang that `launch.py` has started: a test writes a file for the next load, and stores
+wait while there is another one."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import numpy as np
 
 FOLDER = "LMTEST_SPOIL"
 """The variable that names the folder of the files. A file is named as the number of a group; its text is `spoil` or `fail`."""
+HOLD = "hold"
+"""The file for which stores wait."""
 
 
 def install() -> None:
@@ -36,4 +40,11 @@ def install() -> None:
                 ctypes.memmove(access._mapping.address + start, other.ctypes.data, size)
         copy(access, source, leased, blocks, runs, progress)
 
-    ArenaAccess.load = load  # type: ignore[method-assign]
+    gather = ArenaAccess.gather
+
+    def held(access: ArenaAccess, *given: Any) -> Any:
+        while Path(folder, HOLD).exists():
+            time.sleep(0.01)
+        return gather(access, *given)
+
+    ArenaAccess.load, ArenaAccess.gather = load, held  # type: ignore[method-assign]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sglang_processes import Daemons, Engine, Output, World
+from spoiler import FOLDER, HOLD
 
 from prompts import assert_same, tokens
-from servers import Server, eventually
+from servers import Server, beside, eventually
 
 PAGE_SIZE = 16
 PROBE = tokens(600, 70)
@@ -26,7 +28,8 @@ def engine(folder: Path, model: Path, world: World) -> Iterator[Engine]:
     world.first.answer(PROBE)
     eventually(lambda: "out of total 607 tokens" in world.first.text())
     world.first.kill()
-    made = Engine(folder, model, PAGE_SIZE, {"mp_host": "127.0.0.1", "mp_port": world.server.port})
+    settings = {"mp_host": "127.0.0.1", "mp_port": world.server.port}
+    made = Engine(folder, model, PAGE_SIZE, settings, **{FOLDER: str(folder)})
     made.connected()
     yield made
     made.end()
@@ -83,10 +86,27 @@ def test_a_cleared_cache(engine: Engine, expected: Output) -> None:
 def test_new_weights_find_nothing_of_the_old_ones(engine: Engine, model: Path, expected: Output) -> None:
     """They are the same here, so that the answer can be compared; SGLang does not know that, and neither do we."""
     _await_hit(engine, expected)
-    engine.post("/update_weights_from_disk", {"model_path": str(model)})
+    _update_weights(engine, model)
     found = engine.answer(PROBE)
     assert found["cached"] == 0
     assert_same([found], [expected])
+    _await_hit(engine, expected)
+
+
+def test_new_weights_wait_for_a_store(engine: Engine, model: Path, folder: Path, expected: Output) -> None:
+    """SGLang does not empty its radix tree while a store runs, and then says that the update has failed."""
+    _await_hit(engine, expected)
+    engine.flush()
+    changes, hold = engine.text().count("The weights of this engine change"), folder / HOLD
+    hold.touch()
+    engine.answer(tokens(400, 71))
+    for _ in range(3):  # after so many steps of the scheduler only the store runs
+        engine.get("/server_info")
+    update = beside(lambda: _update_weights(engine, model))
+    eventually(lambda: engine.text().count("The weights of this engine change") > changes)
+    hold.unlink()
+    assert not update.result(300)
+    assert engine.answer(PROBE)["cached"] == 0
     _await_hit(engine, expected)
 
 
@@ -97,6 +117,25 @@ def test_weights_that_change_while_the_radix_tree_is_empty(engine: Engine, model
     engine.post("/update_weights_from_disk", {"model_path": str(model), "flush_cache": False})
     assert engine.answer(PROBE)["cached"] == 0
     _await_hit(engine, expected)
+
+
+def _update_weights(engine: Engine, model: Path) -> str:
+    """Returns what SGLang has refused. Its answers come before its scheduler has let go of their last step, and until then it
+    loads the weights and does not empty its radix tree."""
+    refused = ""
+
+    def updated() -> bool:
+        nonlocal refused
+        try:
+            engine.post("/update_weights_from_disk", {"model_path": str(model)})
+        except urllib.error.HTTPError as error:
+            refused = error.read().decode()
+            assert "was not flushed because requests are still running" in refused
+            return False
+        return True
+
+    eventually(updated)
+    return refused
 
 
 def _compute(engine: Engine, expected: Output) -> None:

@@ -70,6 +70,8 @@ class Accounts:
         most_bytes: memory for records and for what has become of chunks; 0 remembers nothing, and only counts.
         tiers: the names of the tiers, nearest first.
         who: returns the engine and the model of a process.
+        indexed: returns of a space, hashes and a first chunk how many of the chunks from there on the index of L1 holds, and why
+            the first of them is not complete; "" if it is.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Accounts:
         most_bytes: int = 0,
         tiers: Sequence[str] = (),
         who: Callable[[int], tuple[str, str]] = lambda process: ("", ""),
+        indexed: Callable[[int, bytes, int], tuple[str, int]] = lambda space, hashes, first: ("", 0),
     ) -> None:
         self.requested = 0
         self.found = Counter(dict.fromkeys((*SOURCES, *tiers), 0))
@@ -95,11 +98,13 @@ class Accounts:
         """Hash of a first chunk's tokens alone -> who asked for it last and has stored it."""
         self._most_texts = most_bytes // 32 // _TEXT_BYTES
         self._chunk_tokens, self._now, self._wall, self._tiers, self._who = chunk_tokens, now, wall, list(tiers), who
+        self._indexed = indexed
         self._arrived: dict[int, str] = {}
         """Chunks that were stored while a lookup waited -> by whom."""
         self._fetches: OrderedDict[object, FetchRecord] = OrderedDict()
         """The fetches that ended last, by the id of a request and by the last hash."""
-        self._copies = OrderedDict[str, Copies]()
+        self._copies = OrderedDict[tuple[str, str], Copies]()
+        """By engine and request: engines may give their requests the same ids."""
         self._most_copies = most_bytes // 32 // _COPIES_BYTES
         self._twin: Twin | None = None
         """The twin of the lookup that is being accounted for."""
@@ -180,7 +185,11 @@ class Accounts:
     def _answered(self, event: Event) -> None:
         now, asked, have, size, why = self._now(), event.chunks, event.have, self._chunk_tokens, self._why
         self._why, self._twin = "", None
-        since, in_l1 = self.waiting.pop(_name(event), (now, asked)) if self.waiting else (now, asked)
+        since, in_l1 = now, asked
+        if (
+            self.waiting and not event.reason
+        ):  # who waits now under the name of a lookup that is told later is another one
+            since, in_l1 = self.waiting.pop(_name(event), (now, asked))
         self._forget_old(now)
         tokens, own = self._tokens(event), min(have, asked)
         usable, runs, known, fetch = max(event.found, own), list[Run](), None, None
@@ -196,7 +205,7 @@ class Accounts:
             keys = keys_of(event.hashes)
             if not usable:
                 self._twin = self._twin_of(event, keys)
-            runs, known = self._why_missing(keys, usable, event.found, why, fetch)
+            runs, known = self._why_missing(event, keys, usable, why, fetch)
             for reason, count in runs:
                 missed[reason] = missed.get(reason, 0) + count * size
         self._fit_end(tokens - asked * size, found, missed)
@@ -262,36 +271,38 @@ class Accounts:
         names: tuple[object, ...] = event.request, event.hashes[-HASH_BYTES:]
         for name in names:
             fetch = self._fetches.get(name) if name else None
-            if fetch is not None and fetch.ended >= since - _LATELY_SECONDS:
+            if fetch is None or fetch.ended < since - _LATELY_SECONDS:
+                continue
+            if event.hashes.find(fetch.prompt) >= 0:  # else another engine's request has the same id
                 return fetch
         return None
 
     # Copies
 
-    def copied(self, request: str, kind: str, tokens: int, seconds: float, shard: int) -> None:
-        """Note that the rank of a shard has copied tokens of a request; the first shard stands for all. kind: load, store, or
-        failed_load."""
+    def copied(self, engine: str, request: str, kind: str, tokens: int, seconds: float, shard: int) -> None:
+        """Note that the rank of a shard has copied tokens of an engine's request; the first shard stands for all. kind: load,
+        store, or failed_load."""
         if shard or not request or self._seen is None:
             return
-        copies = self._copies.setdefault(request, {})
+        copies = self._copies.setdefault((engine, request), {})
         before, took = copies.get(kind, (0, 0.0))
         copies[kind] = before + tokens, took + seconds
-        self._copies.move_to_end(request)
+        self._copies.move_to_end((engine, request))
         if len(self._copies) > self._most_copies:
             self._copies.popitem(last=False)
 
-    def copies_of(self, requests: Iterable[str]) -> dict[str, Copies]:
-        """Return the copies of these requests, as far as they are still remembered."""
+    def copies_of(self, requests: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Copies]:
+        """Return the copies of these requests of engines, as far as they are still remembered."""
         return {name: dict(found) for name in requests if (found := self._copies.get(name))}
 
     # Reasons
 
     def _why_missing(
-        self, keys: Sequence[int], first: int, in_l1: int, why: str, fetch: FetchRecord | None
+        self, event: Event, keys: Sequence[int], first: int, why: str, fetch: FetchRecord | None
     ) -> tuple[list[Run], Known | None]:
         """Return the reasons of the chunks from number `first` on, each with how many chunks, and what is known of the first.
-        in_l1: so many leading chunks are in L1."""
-        asked, last = len(keys), _OF_L1.get(why, "")
+        why: why the first chunk was missing that is not in L1."""
+        asked = len(keys)
         if why in _NO_LEASE:
             return [("no_lease", asked - first)], None
         ours = _fetch_reason(fetch) if fetch is not None else ""
@@ -299,15 +310,19 @@ class Accounts:
         if fetch is not None and ours:  # what was planned and has not arrived
             at = max(first, min(asked, fetch.l1_chunks + fetch.planned.total()))
         runs: list[Run] = [(ours, at - first)] if at > first else []
+        own, count = self._indexed(event.space, event.hashes, at) if at < asked else ("", 0)
+        if (
+            count
+        ):  # complete ones are missing for what is wrong with an earlier one or in another group, or came just now
+            runs.append((_OF_L1.get(own or why) or ours or "being_written", count))
+            at += count
         if self._seen is None:
-            return runs + [(last or "not_found", asked - at)] * (at < asked), None
+            return runs + [("not_found", asked - at)] * (at < asked), None
         for state, count in self._seen.runs(keys, at):
-            if at > first or not last:
-                last = _gone_reason(state, fetch) or last or "not_found"
-            runs.append((last, count))
+            runs.append((_gone_reason(state, fetch) or (runs[-1][0] if runs else "not_found"), count))
             at += count
         if at < asked:
-            runs.append((last if last in _OF_L1.values() else self._never_seen(keys, at, in_l1)[0], asked - at))
+            runs.append((self._never_seen(keys, at, event.found)[0], asked - at))
         return runs, self._seen.get(keys[first])
 
     def _never_seen(self, keys: Sequence[int], chunk: int, in_l1: int) -> tuple[str, int]:

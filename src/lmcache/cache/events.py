@@ -37,7 +37,8 @@ class Event(NamedTuple):
     loaded         A tier has delivered a shard of each chunk, for which the server had reserved extents. load_failed: it has not.
     written        A tier has stored a shard of each chunk; reason `kept`: it had the shard already. write_failed: it has not.
     waits          A lookup was told to wait for a tier or another engine; `found` chunks are in L1.
-    answered       A lookup of these chunks has its answer, for the first time: `found` of them can be used.
+    answered       A lookup of these chunks has its answer, for the first time: `found` of them can be used. Reason `later`: it
+                   did not wait, and is told after events that came after it.
     fetched        A fetch (`cache.waits.FetchRecord`) has ended; the reason is its outcome.
     """
 

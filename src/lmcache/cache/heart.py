@@ -65,11 +65,12 @@ class Hit(NamedTuple):
 
 class Lent(NamedTuple):
     """What a peer gets of one shard: (hash, hash of the chunk before or zeros, sector) of each chunk that is complete, under one
-    lease; 0 if there is none."""
+    lease; 0 if there is none. pinned_bytes: of all shards of those chunks that nobody had leased before."""
 
     lease: int
     shard_bytes: int
     found: list[tuple[bytes, bytes, int]]
+    pinned_bytes: int = 0
 
 
 class Heart(Filling):
@@ -356,9 +357,10 @@ class Heart(Filling):
             return Lent(0, 0, [])
         names, parents = names_of(table, ids)
         sectors = array("I", table.extents(pack_ids(ids)))[shard :: space.shards]
+        pinned = space.chunk_bytes * sum(not table.pins(one) for one in ids)
         lease = Lease((process, "", ""), instance, now + self.claim_seconds, [Held(space, table, pack_ids(ids))])
         found = list(zip(split_hashes(names), split_hashes(parents), sectors, strict=True))
-        return Lent(self._new_lease(lease), space.shard_bytes[shard], found)
+        return Lent(self._new_lease(lease), space.shard_bytes[shard], found, pinned)
 
     def release(self, process: int, lease: int) -> None:
         """End a lease whose extents the instance no longer reads. An unknown lease is ignored, because it has ended before."""

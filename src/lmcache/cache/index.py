@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -261,6 +262,24 @@ class Index:
             if not one.table.complete(missing):
                 return "being filled" if one.table.filling(missing) else "incomplete"
         return "other groups"  # all spaces have this chunk, and one of them lacks a chunk that its window reaches
+
+    def indexed(self, space_number: int, hashes: bytes, first: int) -> tuple[str, int]:
+        """Return how many of these chunks, from number `first` on, the space's index holds, complete or not, and why the first of
+        them is not complete: being filled or incomplete; "" if it is complete, or not in the index."""
+        space, end = self._spaces.get(space_number), len(hashes) // HASH_BYTES
+        if space is None:
+            return "", 0
+        get = space.table.get
+
+        def lacks(chunk: int) -> bool:
+            return get(hashes[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES]) < 0
+
+        if first >= end or lacks(first):
+            return "", 0
+        # A chunk is in the index only with the one before it.
+        count = bisect_left(range(end), True, lo=first + 1, key=lacks) - first
+        why = self._why_missed([space], hashes, first)
+        return "" if why == "other groups" else why, count
 
     def _note_freed(self, sectors: Iterable[int]) -> None:
         """Record that the extents at these sectors hold no shard any more and may be reused. NO_EXTENT entries are skipped."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -84,16 +84,24 @@ class Records:
 
 
 def select(
-    blocks: Blocks, *, request: str = "", misses: bool = False, since: float = 0.0, before: int = 0, limit: int = 100
+    blocks: Blocks,
+    *,
+    request: str = "",
+    misses: bool = False,
+    since: float = 0.0,
+    before: int = 0,
+    limit: int = 100,
+    pause: Callable[[], None] = lambda: None,
 ) -> tuple[list[Record], int]:
     """Return the latest records that fit, the latest first, and the number before which to go on; 0 if there are no more.
 
     request: the beginning of the id. misses: only records with missing tokens. since: only records after this time.
-    before: only records with a smaller number, if it is not 0.
+    before: only records with a smaller number, if it is not 0. pause: called after every few records, so that it can let other
+    threads run.
     """
     found: list[Record] = []
     left, last = MOST_EXAMINED, 0
-    for raw in _backwards(blocks, before):
+    for raw in _backwards(blocks, before, pause):
         if request and request.encode("utf-8", "replace") not in raw:
             continue
         if not left or len(found) >= min(limit, MOST_RETURNED):
@@ -108,7 +116,7 @@ def select(
     return found, 0
 
 
-def _backwards(blocks: Blocks, before: int) -> Iterator[bytes]:
+def _backwards(blocks: Blocks, before: int, pause: Callable[[], None]) -> Iterator[bytes]:
     """Yield encoded records, the latest first, of those with a number below `before`, if that is not 0."""
     for block in reversed(blocks):
         kept = block[:]
@@ -116,3 +124,4 @@ def _backwards(blocks: Blocks, before: int) -> Iterator[bytes]:
             first = _decoder.decode(kept[0]).number
             kept = kept[: max(0, before - first)]
         yield from reversed(kept)
+        pause()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import socket
 
 from lmcache.cli.verbs import Verbs, add
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     import uvicorn
 
     from lmcache.proxy.app import Proxy
+    from lmcache.proxy.connections import Connection
     from lmcache.proxy.upstream import parse_engines
 
     for flag in ("port", "timeout", "max_connections"):
@@ -52,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     init_logger(__name__).info("LMCache proxy: %s for %d prefill, %d decode engines", where, len(prefill), len(decode))
     server = uvicorn.Server(
         uvicorn.Config(
-            Proxy(prefill, decode, arguments.timeout),
-            http="h11",
+            Proxy(prefill, decode, arguments.timeout, local=_is_loopback(listener)),
+            http=Connection,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -66,6 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     server.run([listener])
     return 0 if server.started else 1
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -54,12 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the chosen requests, or the summary. The exit code is 1 if no request fits.
 
     Raises:
-        ConfigError: --since or --last has no meaning.
+        ConfigError: --since or --last has no meaning, or --summary is about other requests than the rest says.
     """
     since = RUNTIME.wall() - _seconds(arguments.since) if arguments.since else 0.0
     if arguments.last < 0:
         raise ConfigError(f"--last {arguments.last}: pass a number of requests, such as {_SHOWN}")
     if arguments.summary:
+        alone = {"REQUEST_ID": arguments.request, "--last": arguments.last, "--misses": arguments.misses}
+        if other := next((name for name, value in alone.items() if value), ""):
+            raise ConfigError(f"--summary is about all requests: leave out {other}, or pass --since")
         return _summary(arguments, since)
     most = arguments.last or _SHOWN
     rows = list(_records(arguments, since, most))
@@ -178,7 +181,6 @@ def _summary(arguments: argparse.Namespace, since: float) -> int:
     """Print the causes of all missing tokens, or of those since a time, the most expensive first."""
     requested, missed, found, oldest, lost = 0, Counter[str](), Counter[str](), 1, False
     if since:
-        arguments.misses = False
         for row in _records(arguments, since, 1 << 30):
             requested, oldest = requested + row["tokens"], row["number"]
             missed.update(row["missed"])

@@ -9,8 +9,9 @@ Prompts that part within a chunk share the blocks before that, so a block can en
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,12 +55,33 @@ class Prompt:
 class _Chunk:
     """A chunk. blocks: those that end in it. has, told: the media in which it is, and in which its blocks are told as stored."""
 
-    __slots__ = ("blocks", "children", "has", "number", "parent", "prompt", "told")
+    __slots__ = ("_children", "blocks", "has", "number", "parent", "prompt", "told")
 
     def __init__(self, prompt: Prompt, number: int, parent: bytes, blocks: tuple[Hashable, ...]) -> None:
         self.prompt, self.number, self.parent, self.blocks = prompt, number, parent, blocks
-        self.children: dict[bytes, None] | None = None
+        self._children: bytes | dict[bytes, None] | None = None
+        """Most chunks have one, and a dictionary takes as much memory as all the rest."""
         self.has = self.told = 0
+
+    @property
+    def children(self) -> Collection[bytes]:
+        """The known chunks that follow this one."""
+        found = self._children
+        return () if found is None else (found,) if isinstance(found, bytes) else found
+
+    def adopt(self, key: bytes) -> None:
+        if self._children is None:
+            self._children = key
+        elif isinstance(self._children, dict):
+            self._children[key] = None
+        elif self._children != key:
+            self._children = {self._children: None, key: None}
+
+    def disown(self, key: bytes) -> None:
+        if isinstance(self._children, dict):
+            self._children.pop(key, None)
+        elif self._children == key:
+            self._children = None
 
 
 @dataclass
@@ -102,8 +124,7 @@ class Known:
                 chunk = self._chunks[key] = _Chunk(prompt, number, parent, tuple(blocks[begin:after]))
                 self._blocks += max(1, after - begin)
             if above is not None:
-                above.children = above.children or {}
-                above.children[key] = None
+                above.adopt(key)
             chunk.prompt, parent, above = prompt, key, chunk
             prompt.noted = number + 1
         # The beginning is forgotten last, so that it is there for the chunks after it.
@@ -116,7 +137,7 @@ class Known:
         """Keep only what was noted of a prompt that grows no more: the engine's lists also hold the answer, which may be long."""
         if prompt.tokens is not None and prompt.blocks is not None:
             tokens = prompt.noted * prompt.chain.chunk_tokens
-            prompt.tokens = list(prompt.tokens[:tokens])
+            prompt.tokens = array("q", prompt.tokens[:tokens])
             prompt.blocks = list(prompt.blocks[: tokens // self.block_tokens])
 
     def has(self, key: bytes, medium: int) -> None:
@@ -128,8 +149,7 @@ class Known:
         chunk.has |= medium
         above = self._chunks.get(chunk.parent) if chunk.number else None
         if above is not None:  # which may have been forgotten and noted again since this chunk was noted
-            above.children = above.children or {}
-            above.children[key] = None
+            above.adopt(key)
         if not chunk.number or (above is not None and above.told & medium):
             self._tell(key, medium)
 
@@ -154,6 +174,15 @@ class Known:
         self._prompts.clear()
         self._blocks = self._tokens = 0
 
+    def last_words(self) -> list[Told]:
+        """Return what tells everything as removed that was told as stored and published. It works whatever has failed."""
+        removed = [one for one in self.told if one.tokens is None]
+        for medium, copies in self._copies.items():
+            blocks = list(copies)
+            cuts = range(0, len(blocks), BLOCKS_OF_EVENT)
+            removed += [Told(medium, blocks[at : at + BLOCKS_OF_EVENT]) for at in cuts]
+        return removed
+
     def tell_again(self) -> None:
         """Tell everything as removed, and then as stored what is there, as far as its tokens are still known."""
         for medium in MEDIA:
@@ -172,7 +201,7 @@ class Known:
                 continue
             chunk.told |= medium
             self._add(chunk, medium)
-            waiting += chunk.children or ()
+            waiting += chunk.children
 
     def _add(self, chunk: _Chunk, medium: int) -> None:
         """Tell the chunk's blocks as stored, together with those before them where that is possible."""
@@ -208,7 +237,7 @@ class Known:
             chunk = self._chunks.get(waiting.pop())
             if chunk is not None and chunk.told & medium:
                 self._remove(chunk, medium)
-                waiting += chunk.children or ()
+                waiting += chunk.children
 
     def _remove(self, chunk: _Chunk, medium: int) -> None:
         """Tell the chunk's blocks as removed, if they are told as stored."""
@@ -253,5 +282,5 @@ class Known:
             chunk = self._chunks.pop(key)
             self._blocks -= max(1, len(chunk.blocks))
             above = self._chunks.get(chunk.parent)
-            if above is not None and above.children:
-                above.children.pop(key, None)
+            if above is not None:
+                above.disown(key)

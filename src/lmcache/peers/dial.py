@@ -17,6 +17,8 @@ from lmcache.wire.carriers import ZmqCarrier
 
 MAX_PEERS = 64
 """The most addresses of other servers that this one connects to."""
+MAX_CONNECTIONS = 8
+"""The most connections to each for payload. All peers of a server together leave room for engines at its port."""
 Name = tuple[str, int]
 """Host and port. The host may be a name with several addresses."""
 

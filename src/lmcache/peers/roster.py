@@ -47,6 +47,8 @@ class Roster:
         self._behind: dict[Name, list[str]] = {}
         """The addresses of each name, of the last look-up that has found any."""
         self._resolving, self._resolved_at = False, float("-inf")
+        self._left_out = 0
+        """How many addresses are too many."""
         self._closed = False
 
     @property
@@ -101,9 +103,19 @@ class Roster:
         for address in [one for one in self._peers if one not in known]:
             logger.info("Peer %s: no name has this address any longer", address)
             self._peers.pop(address).close("it is no peer any longer", goodbye=True)
+        left_out = []
         for address in known:
             if address not in self._peers and len(self._peers) < MAX_PEERS:
                 self._peers[address] = Peer(address)
+            elif address not in self._peers:
+                left_out.append(address)
+        if left_out and not self._left_out:
+            logger.warning(
+                "%d addresses of peers are left out, such as %s: a server reads from at most %d others; give each server the "
+                "names of some of them only",
+                *(len(left_out), left_out[0], MAX_PEERS),
+            )
+        self._left_out = len(left_out)
         self.tick(self._now())
 
     def _dial(self, peer: Peer) -> None:

@@ -22,7 +22,7 @@ from lmcache.chunks import HASH_BYTES
 from lmcache.config.options import integer, number, peers
 from lmcache.errors import ConfigError, ServerUnavailable
 from lmcache.observability.log import init_logger
-from lmcache.peers.dial import MAX_PEERS, Myself, Name
+from lmcache.peers.dial import MAX_CONNECTIONS, MAX_PEERS, Myself, Name
 from lmcache.peers.findings import MAX_KNOWN, Finding, Findings
 from lmcache.peers.link import Frames, Question
 from lmcache.peers.peer import Peer
@@ -98,7 +98,7 @@ class PeersTier(AsyncTier):
         return cls(
             list(dict.fromkeys(names)),
             url.runtime,
-            url.take("connections", integer(1, 16), 2),
+            url.take("connections", integer(1, MAX_CONNECTIONS), 2),
             url.take("timeout", number(1, 60), 2.0),
         )
 

@@ -7,7 +7,9 @@ its answer has begun is replaced by another one. Clients that hang up end their 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -25,17 +27,24 @@ MOST_HELD_BYTES = 256 << 20
 """The bodies of all requests together. Each takes several times its size while it is read and written as JSON."""
 MOST_COMMAS = 1 << 20
 """In a body, as it comes before each value but the first: millions of values take seconds, in which nothing else is served."""
+SILENCE_SECONDS = 60.0
+"""A client may pause for so long while it sends a request."""
 _PASSED_ON = "authorization", "x-request-id", "traceparent"
 """The headers of a request that the engines get."""
-_ANSWERED = b"content-type", b"x-request-id"
+_ANSWERED = b"content-type", b"x-request-id", b"retry-after"
+_LOCAL_NAME = re.compile(r"(localhost|127(?:\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 _NOT_FOR_PREFILL = "stream_options", "best_of", "prompt_logprobs", "use_beam_search"
 
 
 class Proxy:
-    """prefill, decode: the engines. seconds: how long one may send nothing before it counts as failed."""
+    """prefill, decode: the engines. seconds: how long one may send nothing before it counts as failed. local: whether the proxy
+    listens on a loopback address."""
 
-    def __init__(self, prefill: Sequence[Engine], decode: Sequence[Engine], seconds: float) -> None:
+    def __init__(
+        self, prefill: Sequence[Engine], decode: Sequence[Engine], seconds: float, local: bool = False
+    ) -> None:
         self._prefill_engines, self._decode_engines, self._seconds = prefill, decode, seconds
+        self._local = local
         self._held_bytes = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -44,8 +53,11 @@ class Proxy:
             return
         if path == "/health" and method == "GET":
             await _answer(send, 200, {"status": "ok"})
+        elif _of_another_page(scope, self._local):
+            await _answer(send, 403, _error("this came from a web page of another host"))
         elif path == "/v1/models" and method == "GET":
-            await self._decode(method, path, _headers(scope), b"", send)
+            async with _while_listening(receive):
+                await self._decode(method, path, _headers(scope), b"", send)
         elif path not in PATHS:
             await _answer(send, 404, _error(f"there is POST {' and '.join(PATHS)}, GET /v1/models and /health"))
         elif method != "POST":
@@ -57,7 +69,11 @@ class Proxy:
         parts, size, more = [], 0, True
         try:
             while more:
-                message = await receive()
+                with anyio.move_on_after(SILENCE_SECONDS) as pause:
+                    message = await receive()
+                if pause.cancelled_caught:
+                    await _answer(send, 408, _error(f"nothing of the request has come for {SILENCE_SECONDS:g} s"))
+                    return
                 if message["type"] == "http.disconnect":
                     return
                 part, more = message.get("body", b""), message.get("more_body", False)
@@ -74,10 +90,8 @@ class Proxy:
             if body.count(b",") > MOST_COMMAS:
                 await _answer(send, 413, _error(f"the request has more than {MOST_COMMAS} commas"))
                 return
-            async with anyio.create_task_group() as group:
-                group.start_soon(_end_with_client, receive, group.cancel_scope)
+            async with _while_listening(receive):
                 await self._complete(scope["path"], _headers(scope), body, send)
-                group.cancel_scope.cancel()
         finally:
             self._held_bytes -= size
 
@@ -136,6 +150,26 @@ class Proxy:
 def _headers(scope: Message) -> dict[str, str]:
     given = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
     return {"Content-Type": "application/json"} | {name: given[name] for name in _PASSED_ON if name in given}
+
+
+def _of_another_page(scope: Message, local: bool) -> bool:
+    """Return whether a web page of another host has sent this. Browsers add these headers. A page's name may have come to resolve
+    to this host (DNS rebinding); then the page is its own host's for the browser."""
+    given = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+    site = given.get(b"sec-fetch-site", "")
+    if site in ("cross-site", "same-site"):
+        return True
+    from_page = b"origin" in given or site == "same-origin"
+    return local and from_page and not _LOCAL_NAME.fullmatch(given.get(b"host", ""))
+
+
+@asynccontextmanager
+async def _while_listening(receive: Receive) -> AsyncIterator[None]:
+    """What runs inside ends when the client hangs up."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(_end_with_client, receive, group.cancel_scope)
+        yield
+        group.cancel_scope.cancel()
 
 
 async def _end_with_client(receive: Receive, scope: anyio.CancelScope) -> None:

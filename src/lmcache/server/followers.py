@@ -90,6 +90,8 @@ class Followers:
 
     def __init__(self, l1: L1, counters: Counter[str], runners: Sequence[TierRunner] = ()) -> None:
         self._l1, self._counters, self._runners = l1, counters, runners
+        self._not_stores = {one.name for one in runners if one.tier.read_only}
+        """Tiers of other servers' memory: what they have delivered may be gone at any time."""
         self._followers: dict[int, Follower] = {}
         """By process."""
         self._parts: OrderedDict[tuple[int, str, bytes], int] = OrderedDict()
@@ -128,6 +130,8 @@ class Followers:
             self._tell(event.space, "removed", b"")
         elif event.kind in ("stored", "evicted"):
             self._tell(event.space, "stored" if event.kind == "stored" else "removed", event.hashes)
+        elif event.tier in self._not_stores:
+            return
         elif event.kind in ("written", "loaded"):
             if complete := self._whole(event):
                 self._tell(event.space, "written", complete)

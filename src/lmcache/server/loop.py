@@ -71,7 +71,9 @@ class Loop:
                 self._epoll.unregister(descriptor)
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """Run `call` in the loop's thread. Any thread and any signal handler may call this; after `close` it does nothing."""
+        """Run `call` in the loop's thread. Any thread and any signal handler may call this; after `close` it does nothing.
+
+        What a call of the loop adds is made in the next turn, after the events that have come meanwhile."""
         with self._wake_lock:
             if self._wake_write < 0:
                 return
@@ -173,7 +175,7 @@ class Loop:
                 self._guarded(self._idle.popleft())
         for callback in [self._watched[descriptor] for descriptor, _ in events]:
             self._guarded(callback)
-        while self._calls:
+        for _ in range(len(self._calls)):  # those that are added meanwhile wait for the next turn
             self._guarded(self._calls.popleft())
 
     def _drain_wakes(self) -> None:

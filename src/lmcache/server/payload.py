@@ -22,6 +22,9 @@ from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
 Frames = Sequence[bytes | memoryview]
+PINNED_SHARE = 2
+"""What peers read keeps at most this part of L1 (a half) from being evicted, or what one of them reads at once. Peers that hang
+would else keep engines from storing."""
 
 
 def nothing() -> None:
@@ -45,6 +48,8 @@ class PayloadCopies:
     def __init__(self, loop: Loop, l1: L1, sessions: Sessions, workers: Executor, counters: Counter[str]) -> None:
         self.filling: set[int] = set()
         """Reservations whose extents an I/O thread is writing."""
+        self._pinned_bytes = 0
+        """Of the chunks that only peers have leased: all shards of a chunk stay for one."""
         self._loop, self._l1, self._sessions, self._workers, self._counters = loop, l1, sessions, workers, counters
 
     def fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
@@ -67,6 +72,7 @@ class PayloadCopies:
 
         def returned() -> None:
             l1.release(process, lent.lease)
+            self._pinned_bytes -= lent.pinned_bytes
             peer.busy -= 1
             if peer.gone:
                 self._sessions.gone(peer)
@@ -82,6 +88,13 @@ class PayloadCopies:
                 frames = [memoryview(b"".join(frames))]
             return m.Pulled(list(map(headers.__getitem__, split_hashes(request.hashes)))), frames
 
+        def sealed(answer: m.Message, frames: Frames, sent: Callable[[], None] = nothing) -> None:
+            if frames and not peer.gone:
+                self._counters["lent_shards"] += len(lent.found)
+                self._counters["lent_bytes"] += size
+            reply(answer, frames, returned)
+
+        self._pinned_bytes += lent.pinned_bytes
         peer.busy += 1  # until the frames are sent: the lease must not end before, even if the peer has gone
         try:
             if lent.shard_bytes >= m.JOINED_BYTES and len(lent.found) > m.MAX_PULLED_FRAMES:
@@ -90,12 +103,12 @@ class PayloadCopies:
                 )
             if self._sessions.held_bytes_of_peers + size > MAX_HELD_BYTES_OF_PEERS:
                 raise Refusal(f"{self._sessions.held_bytes_of_peers} bytes are being sent to peers already; try again")
-            self._in_worker(peer, size, seal, lambda answer, frames, sent=nothing: reply(answer, frames, returned))
+            if self._pinned_bytes > max(lent.pinned_bytes, l1.total_bytes // PINNED_SHARE):
+                raise Refusal(f"{self._pinned_bytes} bytes of L1 cannot be evicted while peers read them; try again")
+            self._in_worker(peer, size, seal, sealed)
         except Exception:  # also where no thread can be started
             returned()
             raise
-        self._counters["lent_shards"] += len(lent.found)
-        self._counters["lent_bytes"] += size
 
     def fill(self, peer: Peer, request: m.Fill, frames: list[bytes], reply: Reply) -> None:
         """Write the frames into reserved extents, then answer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 from itertools import islice
 
 from lmcache import __version__
@@ -105,9 +106,12 @@ class Report:
         if not accounts.records.most_bytes:
             raise ConfigError("the server remembers no requests: start it with --records-mb 64")
         blocks, totals = self._loop.ask(self._blocks_and_totals)
-        found, rest = select(blocks, request=request, misses=misses, since=since, before=before, limit=limit)
-        copies = self._loop.ask(lambda: accounts.copies_of(one.request for one in found))
-        described = [one.described() | {"copies": copies.get(one.request, {})} for one in found]
+        pause = partial(self._loop.runtime.sleep, 0.0)  # lets the loop have Python's lock
+        found, rest = select(
+            blocks, request=request, misses=misses, since=since, before=before, limit=limit, pause=pause
+        )
+        copies = self._loop.ask(lambda: accounts.copies_of((one.engine, one.request) for one in found))
+        described = [one.described() | {"copies": copies.get((one.engine, one.request), {})} for one in found]
         return {"requests": described, "next": rest, "totals": totals}
 
     def status(self) -> dict[str, object]:

@@ -60,7 +60,8 @@ class Service:
         self._now, self.started = loop.now, loop.now()
         tiers = [runner.name for runner in tiering.runners] if tiering is not None else []
         self.accounts = Accounts(
-            l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers, self.sessions.describe
+            *(l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers),
+            *(self.sessions.describe, l1.indexed),
         )
         self.sessions.on_gone.append(self.accounts.forget)
         self._untold: tuple[Peer, m.Lookup, str, bytes, int] | None = None
@@ -129,12 +130,15 @@ class Service:
             else:
                 reply(m.Error("refused", f"{type(request).__name__} is not for this connection"), [])
         except Refusal as error:
+            self._untold = None
             self.counters["refused_requests"] += 1
             reply(m.Error("refused", str(error)), [])
         except LMCacheError as error:
+            self._untold = None
             self.counters["failed_requests"] += 1
             reply(m.Error("failed", str(error)), [])
         except Exception as error:  # without an answer the engine would wait until its deadline
+            self._untold = None
             self.counters["internal_errors"] += 1
             logger.exception("A %s request of %s failed in the server", type(request).__name__, peer.who)
             reply(m.Error("internal", f"{type(error).__name__} in the server: see its log"), [])
@@ -235,15 +239,15 @@ class Service:
         if 16 * chunks < len(hashes) or self.accounts.waiting:
             self._tell(*told)
         else:
-            self.loop.when_idle(partial(self._tell, *told))
+            self.loop.when_idle(partial(self._tell, *told, "later"))
 
-    def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, chunks: int) -> None:
+    def _tell(self, peer: Peer, request: m.Lookup, name: str, hashes: bytes, chunks: int, reason: str = "") -> None:
         """Tell the listeners of a lookup that has been answered."""
         which = (
             "answered",
             request.space,
             len(hashes) // 16,
-            "",
+            reason,
             peer.process,
             "",
             name,
@@ -321,7 +325,7 @@ class Service:
     def _copied(self, peer: Peer, request: m.Copied) -> m.Message:
         name = m.request_name(request.request)
         if not request.ok:
-            self.accounts.copied(name, f"failed_{request.kind}", request.tokens, 0.0, request.shard)
+            self.accounts.copied(peer.instance, name, f"failed_{request.kind}", request.tokens, 0.0, request.shard)
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning(
                 "An engine could not %s %d tokens: see the log of %s", request.kind, request.tokens, peer.who
@@ -329,7 +333,7 @@ class Service:
             return m.Ok()
         if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
             raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
-        self.accounts.copied(name, request.kind, request.tokens, request.seconds, request.shard)
+        self.accounts.copied(peer.instance, name, request.kind, request.tokens, request.seconds, request.shard)
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens
         self.counters[f"{past}_microseconds"] += int(request.seconds * 1e6)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.engine import Copies, Copy, LoadPlan, Request
+from lmcache.engine import Copies, Copy, LoadPlan, Request, StorePlan
 from lmcache.engine.agreement import Agreement
 from lmcache.engine.copies import retrieved_line, stored_line
 from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, embedded_address, start_own_server
@@ -108,7 +108,7 @@ class SGLangRank(LocalRank[Tracker]):
         super().__init__(endpoint, kv[0], name=name, ended=self._ended, others=kv[1:])
         self.groups = tuple(kv)
         self.wait_for_server(server)
-        on_new_weights(self._new_weights)
+        on_new_weights(self._new_weights, self._wait_for_stores)
 
     def text_of(self, tokens: Any) -> Tokens:
         """Return the leading tokens that are text, as int64 [tokens]. This is a copy, since SGLang's arrays may grow later."""
@@ -159,6 +159,13 @@ class SGLangRank(LocalRank[Tracker]):
         """
         self.requests.reset(None if kv_in_use else -1)
         logger.info("The weights of this engine change: it no longer uses the KV that it has stored in LMCache so far")
+
+    def _wait_for_stores(self) -> None:
+        """Wait until all stores have ended, which takes as long as a call to the server may take."""
+        if not self.copies.wait(self.copies.running(StorePlan), self.deadline_seconds):
+            logger.warning(
+                "Stores have not ended within %g s; SGLang may refuse what it was asked", self.deadline_seconds
+            )
 
     def close(self) -> None:
         forget(self._new_weights)

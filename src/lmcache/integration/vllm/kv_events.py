@@ -52,7 +52,8 @@ class KVEvents:
         self._found: deque[tuple[str, bytes]] = deque()
         """Chunks of hits, as news that was not taken in yet."""
         self._restarts = self._resets = 0
-        self._failed = False
+        self._failed = self._silent = False
+        """failed: nothing more is noted. silent: nothing more is published."""
 
     def looked_up(self, asked: Asked) -> None:
         """Note that a request was looked up: what was found is there."""
@@ -63,7 +64,7 @@ class KVEvents:
             self._keep_up(session)
             prompt = self._note(asked)
             hit = asked.hit
-            if hit is not None and prompt.found is not hit:
+            if hit is not None and prompt.found is not hit and hit.epoch == session.epoch:  # not of a server before it
                 prompt.found = hit
                 self._found.append(("stored", asked.chain.hashes[: 16 * hit.chunks]))
         except Exception:
@@ -102,7 +103,7 @@ class KVEvents:
     def take(self) -> list[Any]:
         """Return the events since the last call."""
         if self._failed:
-            return []
+            return self._farewell()
         try:
             session = self._requests.session
             if session is None or not session.is_told:
@@ -112,11 +113,12 @@ class KVEvents:
                 self._take_in(session)
             if not self._known.told:
                 return []
-            told, self._known.told = self._known.told, []
-            return [self._events.event(one) for one in told]
+            events = [self._events.event(one) for one in self._known.told]
+            self._known.told = []
+            return events
         except Exception:
             self._fail()
-            return []
+            return self._farewell()
 
     def _keep_up(self, session: Any) -> None:
         """Forget what was told by another server, or before a reset."""
@@ -170,9 +172,22 @@ class KVEvents:
         return prompt
 
     def _fail(self) -> None:
-        """Publish nothing any more. What has been published stays, so routers may send this engine prompts that it computes."""
+        """Publish nothing any more, but that nothing is there: nobody would hear when it is gone."""
         self._failed = True
         logger.exception("LMCache publishes no KV events any more for this engine, which runs on: they failed")
+
+    def _farewell(self) -> list[Any]:
+        """Return, once, the removal of all blocks that are published as stored."""
+        if self._silent:
+            return []
+        self._silent = True
+        try:
+            events, known = [self._events.event(one) for one in self._known.last_words()], self._known
+            self._known = Known(known.block_tokens)  # its memory is not needed any more
+            return events
+        except Exception:  # then routers may send this engine prompts that it computes
+            logger.exception("What LMCache has published for this engine could not be taken back")
+            return []
 
 
 def _oldest(news: deque[Any]) -> Any:
