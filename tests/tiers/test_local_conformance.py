@@ -45,6 +45,13 @@ class TestDiskBuffered(TestDisk):
         return f"disk://{place}/tier?io=buffered"
 
 
+class TestDiskEncoded(TestDisk):
+    kv_dtype = "bfloat16"
+
+    def url(self, place: Path) -> str:
+        return f"disk://{place}/tier?codec=pack12"
+
+
 class TestDirectory(ConformanceSuite):
     least_recent_goes = False
     """Times of use are a minute apart: test_directory.py has a test of its own."""
@@ -64,6 +71,13 @@ class TestDirectory(ConformanceSuite):
     def file(self, place: Path, key: ShardKey) -> Path:
         space, name = key.text.split("/")
         return place / "tier" / space / name[:2] / name
+
+
+class TestDirectoryEncoded(TestDirectory):
+    kv_dtype = "bfloat16"
+
+    def url(self, place: Path) -> str:
+        return f"dir://{place}/tier?codec=pack12"
 
 
 class Unchecked(MemoryTier):

@@ -774,6 +774,13 @@ class TestConformance(ConformanceSuite):
         return sum(pipeline.execute())
 
 
+class TestConformanceEncoded(TestConformance):
+    kv_dtype = "bfloat16"
+
+    def url(self, place: Path) -> str:
+        return f"{super().url(place)}&codec=pack12"
+
+
 # ---- URLs
 
 

@@ -746,3 +746,14 @@ class TestConformance(ConformanceSuite):
 
     def filesystem_bytes(self, place: Path, tier: Tier) -> int:
         return sum(listing(self.seaweed, self.prefix(place)).values())
+
+
+class TestConformanceEncoded(TestConformance):
+    kv_dtype = "bfloat16"
+
+    def prefix(self, place: Path) -> str:
+        return f"encoded/{place.parent.name}/{place.name}"
+
+    def url(self, place: Path) -> str:
+        url = super().url(place)
+        return f"{url}{'&' if '?' in url else '?'}codec=pack12"

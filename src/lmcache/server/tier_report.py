@@ -64,6 +64,7 @@ class TierReport:
                     "kept_back_chunks": runner.queue.kept_back,
                     "load_bytes_per_second": None if rate is None else round(rate),
                     "ask_seconds": None if ask is None else round(ask, 6),
+                    "codec": None if runner.coder is None else runner.coder.status(),
                     "counters": dict(runner.counters) | dict(runner.queue.counters),
                 }
             )

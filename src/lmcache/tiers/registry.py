@@ -12,6 +12,7 @@ from urllib.parse import quote, urlencode
 from lmcache.config.options import word
 from lmcache.errors import ConfigError
 from lmcache.runtime import RUNTIME, Runtime
+from lmcache.tiers.coder import OPTIONS
 from lmcache.tiers.operation import AsyncTier
 from lmcache.tiers.tier import Tier, TierBase
 from lmcache.tiers.url import TierURL, parse_url
@@ -60,7 +61,9 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
         raise ConfigError(f"{url.redacted}: write={write}: {url.scheme}:// only reads; leave `write` out")
     read = url.take("read", word("yes", "no"), "yes") == "yes"
     name = url.take("name", str, url.scheme)
+    codec = url.take("codec", word(*OPTIONS), "auto") if kind.codecs else "none"
     tier = kind.from_url(url)
+    tier.codec = codec
     url.finish()
     warning = (
         f"{url.redacted}: a password in the URL can be read by every user of this machine; use ${{NAME}} or ?password_file="
