@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from memory_tier import STORES, MemoryTier
 
-from lmcache.testing.conformance import ConformanceSuite, corrupted, payload_of, shard_key, shard_of
+from lmcache.testing.conformance import ConformanceSuite, EncodedSuite, corrupted, payload_of, shard_key, shard_of
 from lmcache.tiers import OK, Shard, ShardKey, Tier, frame
 
 
@@ -45,9 +45,7 @@ class TestDiskBuffered(TestDisk):
         return f"disk://{place}/tier?io=buffered"
 
 
-class TestDiskEncoded(TestDisk):
-    kv_dtype = "bfloat16"
-
+class TestDiskEncoded(EncodedSuite, TestDisk):
     def url(self, place: Path) -> str:
         return f"disk://{place}/tier?codec=pack12"
 
@@ -73,9 +71,7 @@ class TestDirectory(ConformanceSuite):
         return place / "tier" / space / name[:2] / name
 
 
-class TestDirectoryEncoded(TestDirectory):
-    kv_dtype = "bfloat16"
-
+class TestDirectoryEncoded(EncodedSuite, TestDirectory):
     def url(self, place: Path) -> str:
         return f"dir://{place}/tier?codec=pack12"
 

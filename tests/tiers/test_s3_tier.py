@@ -20,7 +20,7 @@ import obstore
 import pytest
 
 from lmcache.errors import ConfigError
-from lmcache.testing.conformance import ConformanceSuite
+from lmcache.testing.conformance import ConformanceSuite, EncodedSuite
 from lmcache.tiers import ABSENT, KEPT, OK, ShardKey, Tier, TierError, frame
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.s3.accounting import Accounting, pack_uses, unpack_uses
@@ -748,9 +748,7 @@ class TestConformance(ConformanceSuite):
         return sum(listing(self.seaweed, self.prefix(place)).values())
 
 
-class TestConformanceEncoded(TestConformance):
-    kv_dtype = "bfloat16"
-
+class TestConformanceEncoded(EncodedSuite, TestConformance):
     def prefix(self, place: Path) -> str:
         return f"encoded/{place.parent.name}/{place.name}"
 

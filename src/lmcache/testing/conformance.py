@@ -143,7 +143,7 @@ class ConformanceSuite:
     corruptions = 2000
     """How many random corruptions are tested."""
     kv_dtype = ""
-    """bfloat16: all payloads are of this dtype, and the URL has `codec=pack12`, so that they are stored encoded."""
+    """The dtype of all payloads. `EncodedSuite` sets it."""
 
     # ---- to be overridden
 
@@ -177,21 +177,6 @@ class ConformanceSuite:
         return shard_of(key, size, self.kv_dtype)
 
     # ---- the tests
-
-    def test_encoded_shards_take_less(self, tmp_path: Path) -> None:
-        if not self.kv_dtype:
-            raise SkipTest("nothing is encoded")
-        with self.opened(tmp_path) as tier:
-            for number, size in enumerate((4096, 100_001, 3 * MIB)):
-                key = shard_key(number)
-                assert tier.store([self.shard_of(key, size)]) == [OK]
-                assert len(self.stored_frame(tmp_path, tier, key)) < frame.HEADER_BYTES + 0.77 * size
-                assert load_one(tier, key, size) == (OK, self.payload_of(key, size))
-                assert tier.store([self.shard_of(key, size)._replace(kv_dtype="")]) == [
-                    OK
-                ]  # as it is, in place of the other
-                assert len(self.stored_frame(tmp_path, tier, key)) == frame.HEADER_BYTES + size
-                assert load_one(tier, key, size) == (OK, self.payload_of(key, size))
 
     def test_any_size_comes_back(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
@@ -521,3 +506,22 @@ class ConformanceSuite:
         except TierError:
             return
         raise AssertionError("a tier that is not open answered a load")
+
+
+class EncodedSuite(ConformanceSuite):
+    """The tests of a tier that stores encoded payloads (`codecs` of its class). `url` returns a URL with `codec=pack12`."""
+
+    kv_dtype = "bfloat16"
+
+    def test_encoded_shards_take_less(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            for number, size in enumerate((4096, 100_001, 3 * MIB)):
+                key = shard_key(number)
+                assert tier.store([self.shard_of(key, size)]) == [OK]
+                assert len(self.stored_frame(tmp_path, tier, key)) < frame.HEADER_BYTES + 0.77 * size
+                assert load_one(tier, key, size) == (OK, self.payload_of(key, size))
+                assert tier.store([self.shard_of(key, size)._replace(kv_dtype="")]) == [
+                    OK
+                ]  # as it is, in place of the other
+                assert len(self.stored_frame(tmp_path, tier, key)) == frame.HEADER_BYTES + size
+                assert load_one(tier, key, size) == (OK, self.payload_of(key, size))

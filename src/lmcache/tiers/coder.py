@@ -18,6 +18,8 @@ from lmcache.tiers.tier import OK, Shard, ShardKey, Tier
 
 OPTIONS = ("auto", "none", "pack12")
 """Values of the option `codec`. auto: encode where that makes the tier faster."""
+NAIVE, LOSSY = "naive", ("cachegen", "kivi", "fp8")
+"""Names of the public LMCache's codecs: its one for none, and those that change KV, for which there is no counterpart."""
 _LEAST_SAVING = 20
 """A payload that does not become smaller by 1/20 is stored as it is."""
 _SAMPLE_BYTES = 256 << 10
