@@ -525,3 +525,11 @@ class EncodedSuite(ConformanceSuite):
                 ]  # as it is, in place of the other
                 assert len(self.stored_frame(tmp_path, tier, key)) == frame.HEADER_BYTES + size
                 assert load_one(tier, key, size) == (OK, self.payload_of(key, size))
+
+    def test_a_shard_is_kept_if_it_is_there_without_a_codec(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            for number, size in enumerate((4096, 100_001, 9 * MIB)):
+                shard = self.shard_of(shard_key(number), size)
+                assert tier.store([shard._replace(kv_dtype="")]) == [OK]
+                assert tier.store([shard]) == [KEPT]
+                assert load_one(tier, shard.key, size) == (OK, bytes(shard.payload))

@@ -240,8 +240,10 @@ class RedisTier(Tier):
     def _reserve(self, connection: Connection, shard: Shard) -> None:
         size = shard.payload.nbytes
         most = (self._max_bytes or 0) // len(self._tags)
+        not_encoded = booked_bytes(shard.coding.raw_bytes or size)
         self._script(
-            connection, self._tag(shard.key), "reserve", most, self._lease_us, self._ttl_us, *_booking(shard.key, size)
+            *(connection, self._tag(shard.key), "reserve", most, self._lease_us, self._ttl_us),
+            *(*_booking(shard.key, size), not_encoded),
         )
 
     def _admission(self, connection: Connection, key: ShardKey) -> str:
