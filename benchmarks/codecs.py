@@ -4,7 +4,7 @@
 
 FILE: raw bfloat16 values as an engine has them, such as `tensor.view(torch.int16).numpy().tofile(FILE)` writes. Without one,
 normally distributed values are used. `x memcpy` is the median of the ratios of neighbours in time, so work beside the run hardly
-changes it. The last two rows are what tiers do with a shard: with its digest, and decoding to where the encoded bytes lie.
+changes it. The last two rows are what tiers do with a shard: with its digest, and decoding in place.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ def pack12(raw: int, raw_bytes: int, stream: int, room: int, plain: int, /) -> i
 
 def unpack12(stream: int, stream_bytes: int, raw: int, raw_bytes: int, scratch: int, plain: int, /) -> bool:
     """Unpack a stream of `pack12`, without the GIL. Return whether it is a stream of `raw_bytes` bytes; if not, nothing is
-    written to `raw`. scratch: the address of `stream_bytes` to which the stream is copied first, needed if it lies in `raw`; 0
-    otherwise."""
+    written to `raw`. scratch: the address of `stream_bytes` of memory, needed if the stream begins where `raw` does; else 0. The
+    two may not overlap in any other way."""
 
 class Table:
     """The index of one space. `lmcache.cache.table` explains the terms.

@@ -58,6 +58,13 @@ def unpacked(stream: bytes, raw_bytes: int, plain: int = 0) -> bytes | None:
     given = ctypes.create_string_buffer(stream, max(1, len(stream)))
     into = ctypes.create_string_buffer(max(1, raw_bytes))
     done = native.unpack12(ctypes.addressof(given), len(stream), ctypes.addressof(into), raw_bytes, 0, plain)
+    if len(stream) > raw_bytes:
+        return into.raw[:raw_bytes] if done else None
+    place, scratch = ctypes.create_string_buffer(max(1, raw_bytes)), ctypes.create_string_buffer(max(1, len(stream)))
+    ctypes.memmove(place, stream, len(stream))
+    where = ctypes.addressof(place)
+    assert native.unpack12(where, len(stream), where, raw_bytes, ctypes.addressof(scratch), plain) == done
+    assert place.raw == into.raw or not done
     return into.raw[:raw_bytes] if done else None
 
 
@@ -171,8 +178,12 @@ def test_no_damaged_stream_leads_outside_of_its_memory(plain: int) -> None:
         raw_bytes = len(raw) if dice.random() < 0.8 else dice.randrange(3000)
         where = given.last(len(made))
         ctypes.memmove(where, bytes(made), len(made))
-        aside = scratch.last(len(made)) if turn % 2 else 0
-        decoded += native.unpack12(where, len(made), into.last(raw_bytes), raw_bytes, aside, plain)
+        target = into.last(raw_bytes)
+        if turn % 2:  # in place
+            where = target if len(made) <= raw_bytes else into.last(len(made))
+            target = where
+            ctypes.memmove(where, bytes(made), len(made))
+        decoded += native.unpack12(where, len(made), target, raw_bytes, scratch.last(len(made)), plain)
     assert 0 < decoded < 80_000
 
 

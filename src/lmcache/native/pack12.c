@@ -76,27 +76,68 @@ INLINED int64_t pack(const uint8_t *raw, int64_t raw_bytes, uint8_t *stream, int
     return to + rest - stream;
 }
 
-/* Returns whether the stream is one of `raw_bytes` bytes; writes nothing else. */
-INLINED int unpack(const uint8_t *stream, int64_t stream_bytes, uint8_t *raw, int64_t raw_bytes)
+/* Returns whether the stream is one of `raw_bytes` bytes. */
+INLINED int is_stream(const uint8_t *stream, int64_t stream_bytes, int64_t raw_bytes)
 {
-    int64_t blocks = raw_bytes / BLOCK_BYTES, rest = raw_bytes % BLOCK_BYTES, as_they_are = 0;
+    int64_t blocks = raw_bytes / BLOCK_BYTES, as_they_are = 0;
     if (blocks > stream_bytes)
         return 0;
     for (int64_t i = 0; i < blocks; i++)
         as_they_are += stream[i] == AS_IT_IS;
-    if (stream_bytes != blocks * (1 + PACKED_BYTES) + as_they_are * (BLOCK_BYTES - PACKED_BYTES) + rest)
-        return 0;
-    const uint8_t *from = stream + blocks;
+    return stream_bytes
+           == blocks * (1 + PACKED_BYTES) + as_they_are * (BLOCK_BYTES - PACKED_BYTES) + raw_bytes % BLOCK_BYTES;
+}
+
+/* Unpacks the bodies of `blocks` blocks. */
+INLINED void unpack_blocks(const uint8_t *bases, const uint8_t *bodies, int64_t blocks, uint8_t *raw)
+{
     for (int64_t i = 0; i < blocks; i++, raw += BLOCK_BYTES) {
-        if (stream[i] == AS_IT_IS) {
-            memcpy(raw, from, BLOCK_BYTES);
-            from += BLOCK_BYTES;
+        if (bases[i] == AS_IT_IS) {
+            memcpy(raw, bodies, BLOCK_BYTES);
+            bodies += BLOCK_BYTES;
         } else {
-            unpack_block(stream[i], from, (Value *)(void *)raw);
-            from += PACKED_BYTES;
+            unpack_block(bases[i], bodies, (Value *)(void *)raw);
+            bodies += PACKED_BYTES;
         }
     }
-    memcpy(raw, from, (size_t)rest);
+}
+
+/* Unpacks a stream that lies elsewhere. Returns whether it is one of `raw_bytes` bytes; if not, writes nothing. */
+INLINED int unpack(const uint8_t *stream, int64_t stream_bytes, uint8_t *raw, int64_t raw_bytes)
+{
+    int64_t blocks = raw_bytes / BLOCK_BYTES, rest = raw_bytes % BLOCK_BYTES;
+    if (!is_stream(stream, stream_bytes, raw_bytes))
+        return 0;
+    unpack_blocks(stream, stream + blocks, blocks, raw);
+    memcpy(raw + raw_bytes - rest, stream + stream_bytes - rest, (size_t)rest);
+    return 1;
+}
+
+/* Unpacks a stream that lies at the beginning of `raw`, from its end on: there are fewer bytes before a body than before what it
+ * becomes, but for the bases and the first few blocks, which pass through `scratch`, of at least `stream_bytes`. */
+INLINED int unpack_in_place(uint8_t *raw, int64_t stream_bytes, int64_t raw_bytes, uint8_t *scratch)
+{
+    int64_t blocks = raw_bytes / BLOCK_BYTES, rest = raw_bytes % BLOCK_BYTES, left = blocks, end = stream_bytes - rest;
+    if (stream_bytes > raw_bytes || !is_stream(raw, stream_bytes, raw_bytes))
+        return 0;
+    memcpy(scratch, raw, (size_t)blocks);
+    memmove(raw + raw_bytes - rest, raw + end, (size_t)rest);
+    while (left) {
+        int base = scratch[left - 1];
+        int64_t begin = end - (base == AS_IT_IS ? BLOCK_BYTES : PACKED_BYTES), to = (left - 1) * BLOCK_BYTES;
+        if (begin > to)
+            break;
+        uint8_t body[BLOCK_BYTES];
+        memcpy(body, raw + begin, base == AS_IT_IS ? BLOCK_BYTES : PACKED_BYTES);
+        if (base == AS_IT_IS)
+            memcpy(raw + to, body, BLOCK_BYTES);
+        else
+            unpack_block(base, body, (Value *)(void *)(raw + to));
+        end = begin;
+        left--;
+    }
+    memcpy(scratch + blocks, raw + blocks, (size_t)(end - blocks));
+    unpack_blocks(scratch, scratch + blocks, left, raw);
     return 1;
 }
 
@@ -105,9 +146,9 @@ static int64_t pack_plain(const uint8_t *raw, int64_t raw_bytes, uint8_t *stream
     return pack(raw, raw_bytes, stream, room);
 }
 
-static int unpack_plain(const uint8_t *stream, int64_t stream_bytes, uint8_t *raw, int64_t raw_bytes)
+static int unpack_plain(const uint8_t *stream, int64_t stream_bytes, uint8_t *raw, int64_t raw_bytes, uint8_t *scratch)
 {
-    return unpack(stream, stream_bytes, raw, raw_bytes);
+    return stream == raw ? unpack_in_place(raw, stream_bytes, raw_bytes, scratch) : unpack(stream, stream_bytes, raw, raw_bytes);
 }
 
 #if defined(__x86_64__)
@@ -116,9 +157,10 @@ __attribute__((target("avx2"))) static int64_t pack_avx2(const uint8_t *raw, int
     return pack(raw, raw_bytes, stream, room);
 }
 
-__attribute__((target("avx2"))) static int unpack_avx2(const uint8_t *stream, int64_t stream_bytes, uint8_t *raw, int64_t raw_bytes)
+__attribute__((target("avx2"))) static int unpack_avx2(const uint8_t *stream, int64_t stream_bytes, uint8_t *raw, int64_t raw_bytes,
+                                                       uint8_t *scratch)
 {
-    return unpack(stream, stream_bytes, raw, raw_bytes);
+    return stream == raw ? unpack_in_place(raw, stream_bytes, raw_bytes, scratch) : unpack(stream, stream_bytes, raw, raw_bytes);
 }
 
 /* Whether to use AVX2. plain: use it nowhere, which tests ask for. */
@@ -165,14 +207,14 @@ static PyObject *unpack12(PyObject *module, PyObject *const *args, Py_ssize_t na
     (void)module;
     if (lmcache_integers("unpack12", args, nargs, n, 6) < 0 || !lengths_are_valid("unpack12", n[1], n[3]))
         return NULL;
+    if (n[0] == n[2] && n[4] == 0) {
+        PyErr_SetString(PyExc_ValueError, "unpack12: a stream that begins where raw does needs scratch");
+        return NULL;
+    }
     const uint8_t *stream = (const uint8_t *)(intptr_t)n[0];
     uint8_t *raw = (uint8_t *)(intptr_t)n[2], *scratch = (uint8_t *)(intptr_t)n[4];
     Py_BEGIN_ALLOW_THREADS
-    if (scratch != NULL) {
-        memcpy(scratch, stream, (size_t)n[1]);
-        stream = scratch;
-    }
-    done = with_avx2(n[5]) ? unpack_avx2(stream, n[1], raw, n[3]) : unpack_plain(stream, n[1], raw, n[3]);
+    done = with_avx2(n[5]) ? unpack_avx2(stream, n[1], raw, n[3], scratch) : unpack_plain(stream, n[1], raw, n[3], scratch);
     Py_END_ALLOW_THREADS
     return PyBool_FromLong(done);
 }
@@ -185,6 +227,6 @@ PyMethodDef lmcache_pack12_methods[] = {
     {"unpack12", (PyCFunction)(void (*)(void))unpack12, METH_FASTCALL,
      "unpack12(stream, stream_bytes, raw, raw_bytes, scratch, plain) -> bool\n\n"
      "Unpack a stream of pack12, without the GIL. Return whether it is one of raw_bytes bytes; if not, nothing is written to raw.\n"
-     "scratch: the address of stream_bytes that are copied to first, needed if the stream lies in raw; 0 otherwise."},
+     "scratch: the address of stream_bytes of memory, used if the stream begins where raw does. It may not overlap otherwise."},
     {NULL, NULL, 0, NULL},
 };

@@ -41,7 +41,7 @@ AS_IT_IS = Coding()
 
 
 class Scratch:
-    """A pool of buffers for encoded payloads. Up to four idle ones are kept, since new memory costs more time than decoding."""
+    """A pool of buffers for encoding and decoding. Memory that nobody has touched takes no space. Up to four idle ones are kept, since new memory costs more time than decoding."""
 
     def __init__(self) -> None:
         self._idle: list[mmap.mmap] = []
@@ -80,7 +80,8 @@ def coding_of(payload: memoryview) -> Coding:
 def decode(coding: Coding, stored_bytes: int, into: memoryview) -> bool:
     """Decode the payload that lies in the first `stored_bytes` of `into`, to all of it. Return whether the result is right.
 
-    Whatever the payload contains, nothing outside of it is read, and nothing outside of `into` is written.
+    Whatever the payload contains, nothing outside of it is read, and nothing outside of `into` is written. Decoding goes from the
+    end on, and needs scratch memory for the beginning only.
     """
     if coding.codec != PACK12 or not 0 < stored_bytes < into.nbytes:
         return False
