@@ -41,7 +41,8 @@ AS_IT_IS = Coding()
 
 
 class Scratch:
-    """A pool of buffers for encoding and decoding. Memory that nobody has touched takes no space. Up to four idle ones are kept, since new memory costs more time than decoding."""
+    """A pool of buffers for encoding and decoding, of which only what is touched takes memory. Up to four idle ones are kept,
+    since new memory costs more time than decoding."""
 
     def __init__(self) -> None:
         self._idle: list[mmap.mmap] = []
