@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from lmcache.cache import accounts
 from lmcache.compiled import native
 from lmcache.testing.conformance import shard_key
 from lmcache.tiers import OK, coding, frame
@@ -188,6 +189,10 @@ def test_no_damaged_stream_leads_outside_of_its_memory(plain: int) -> None:
 
 
 # ---- frames
+
+
+def test_the_accounts_know_all_names_of_damage() -> None:
+    assert set(accounts._DAMAGE) == set(frame.DAMAGE)
 
 
 def encoded_frame(raw: bytes, secret: bytes = b"") -> bytes:
