@@ -129,7 +129,9 @@ class Coder:
 
     def store(self, shards: Sequence[Shard]) -> list[str]:
         """Store as the tier does, encoded if the option says so or it makes the tier faster."""
-        packable = [at for at, one in enumerate(shards) if one.kv_dtype in PACKABLE and self.option != "none"]
+        if self.option == "none":
+            return self._tier.store(shards)
+        packable = [at for at, one in enumerate(shards) if one.kv_dtype in PACKABLE]
         if packable and self.option == "auto":
             self._decide(shards[packable[0]].payload)
         if not packable or not self.encodes:
