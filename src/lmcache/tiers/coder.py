@@ -97,7 +97,7 @@ class Coder:
         self._decided_at: float | None = None
         """When it was decided last to begin or to end encoding."""
         self._lanes = max(1, min(tier.concurrency, (os.cpu_count() or 1) // _CORES_EACH))
-        if self.option != "none":
+        if self.option == "auto":
             tier.decoded = self._decoded
 
     def status(self) -> dict[str, object]:
