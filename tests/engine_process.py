@@ -29,14 +29,17 @@ PATIENCE = 60.0  # of tests, for what should come soon
 
 
 def kv_of(ids: Sequence[int], layers: int, heads: int, dims: int) -> npt.NDArray[np.uint16]:
-    """[layers, 2, tokens, heads, dims]: what the KV of this prompt is. Every element depends on all tokens up to its own."""
+    """[layers, 2, tokens, heads, dims]: what the KV of this prompt is. Every element depends on all tokens up to its own. It is a
+    bfloat16 between 2^-7 and 2, as in real KV."""
     with np.errstate(over="ignore"):
         mixed = (np.asarray(ids, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         prefix = np.cumsum(mixed * (np.arange(len(ids), dtype=np.uint64) * np.uint64(2) + np.uint64(1)))
         element = np.arange(layers * 2 * heads * dims, dtype=np.uint64).reshape(layers, 2, 1, heads, dims)
         x = prefix[None, None, :, None, None] + element * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0x94D049BB133111EB)
-        return (x >> np.uint64(40)).astype(np.uint16)
+        bits = (x >> np.uint64(40)).astype(np.uint16)
+        exponents = np.uint16(120) + ((bits >> np.uint16(7)) & np.uint16(7))
+        return (bits & np.uint16(0x807F)) | (exponents << np.uint16(7))
 
 
 class Engine:

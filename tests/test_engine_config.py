@@ -58,6 +58,22 @@ def test_json_is_a_file_too(file: Path) -> None:
     assert config.chunk_size == 8 and config.extra_config == {"a": [1]}
 
 
+@pytest.mark.parametrize(
+    ("serde", "url", "tier"),
+    [
+        (None, "redis://host:6379", "redis://host:6379"),
+        ("naive", "redis://host:6379", "redis://host:6379?codec=naive"),
+        ("cachegen", "s3://bucket/x?region=r", "s3://bucket/x?region=r&codec=cachegen"),
+        ("KIVI", "redis://host:6379", "redis://host:6379?codec=kivi"),
+        ("fp8", "redis://host:6379?codec=none", "redis://host:6379?codec=none"),
+    ],
+)
+def test_the_serde_is_the_codec_of_the_remote_tier(file: Path, serde: str | None, url: str, tier: str) -> None:
+    file.write_text(f"remote_url: {url}\n")
+    environ = {} if serde is None else {"LMCACHE_REMOTE_SERDE": serde}
+    assert load_engine(environ, file=file).config.tiers == (tier,)
+
+
 def test_nothing_is_nothing(file: Path) -> None:
     file.write_text("local_disk: null\nremote_url:\nremote_storage_plugins: []\nenable_p2p: False\nextra_config: {}\n")
     settings = load_engine({}, file=file)
@@ -74,7 +90,7 @@ def test_nothing_is_nothing(file: Path) -> None:
         ("enable_blending: true\n", [":1: enable_blending: true", "only prefixes are reused"]),
         ("enable_p2p: true\n", ["enable_p2p: true", "`lmcache server`"]),
         ("enable_pd: true\n", ["enable_pd", "disaggregated prefill", "kv_producer"]),
-        ("remote_serde: cachegen\n", ["remote_serde: cachegen", "write naive"]),
+        ("remote_serde: zip\n", ["remote_serde: zip", "naive, cachegen", "lossless"]),
         ("remote_url: lm://localhost:65432\n", ["lm://localhost:65432", "LMCacheMPConnector"]),
         ("remote_url: localhost\n", ["must be a URL"]),
         ("local_disk: relative\n", ["local_disk: relative", "absolute path"]),

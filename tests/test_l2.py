@@ -93,6 +93,63 @@ def test_a_restarted_server_finds_everything_in_its_tier(
     assert stored["loaded_shards"] == 10 * shards and "written_shards" not in stored, "it is not written back"
 
 
+@pytest.mark.parametrize("scheme", ["disk", "dir", "redis"])
+def test_kv_is_stored_in_fewer_bytes_and_comes_back_the_same(
+    server: Callable[..., Server],
+    engine: Callable[..., Any],
+    folders: Callable[[str], Path],
+    valkey: RedisServer,
+    scheme: str,
+) -> None:
+    """A server that encodes and one that does not, before and after it, use one store."""
+    store = valkey.url() if scheme == "redis" else f"{scheme}://{folders('/tmp')}/store"
+
+    def served(codec: str) -> Server:
+        return server(flags=("--l2", f"{store}?codec={codec}", *PATIENT))
+
+    first = served("pack12")
+    writer = engine(first, layers=4, dims=64)
+    assert writer.store(TOKENS) == len(TOKENS)
+    written(first, 10, scheme)
+    said = tiers_of(first)[scheme]["codec"]
+    assert said["used"] == said["option"] == "pack12" and said["ratio"] > 1.3
+    assert 1.3 * said["stored_bytes"] < said["raw_bytes"]
+    first.end()
+    second, others = served("none"), list(range(1000, 1160))
+    reader = engine(second, "second", layers=4, dims=64)
+    assert reader.load(TOKENS) == len(TOKENS) and reader.store(others) == len(others)
+    written(second, 10, scheme)
+    said = tiers_of(second)[scheme]["codec"]
+    assert said["used"] == "none" and said["ratio"] is None
+    second.end()
+    third = engine(served("auto"), "third", layers=4, dims=64)
+    assert third.load(TOKENS) == len(TOKENS) and third.load(others) == len(others)
+
+
+def test_kv_is_encoded_once_the_store_is_known_to_be_slow(
+    server: Callable[..., Server], engine: Callable[..., Any], valkey: RedisServer
+) -> None:
+    """Ten chunks are 1.25 MiB, and the rate of the store counts from 4 MiB on."""
+    proxy = Proxy(valkey.port)
+    try:
+        proxy.rate = 4e6
+        cache = server(flags=("--l2", valkey.url("?timeout=3600", port=proxy.port), *PATIENT))
+        one = engine(cache, layers=8, dims=128)
+        prompts = [list(range(start, start + 160)) for start in range(1000, 8000, 1000)]
+        for number, prompt in enumerate(prompts):
+            assert one.store(prompt) == len(prompt)
+            written(cache, 10 * (number + 1))
+        told = tiers_of(cache)["redis"]["codec"]
+        assert told["option"] == "auto" and told["used"] == "pack12" and "it stores 0.00" in told["why"]
+        assert 0 < told["stored_bytes"] < told["raw_bytes"] / 1.3
+        cache.line_with("Tier redis: KV in bfloat16 is stored with pack12 from now on: it stores 0.00")
+        sector(cache, "/clear-cache", "POST")
+        proxy.rate = None
+        assert [one.load(prompt) for prompt in prompts] == [160] * 7
+    finally:
+        proxy.close()
+
+
 @pytest.mark.parametrize("scheme", ["dir", "disk"])
 def test_what_memory_answers_with_is_not_evicted_from_the_tier(
     server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path], scheme: str

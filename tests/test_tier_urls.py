@@ -233,3 +233,40 @@ def test_secrets_in_files(tmp_path: Path) -> None:
     assert parse_url(f"disk:///a?key_file={path}").take_frame_key() == bytes(range(32))
     with pytest.raises(ConfigError, match="cannot read"):
         read_secret(str(tmp_path / "nowhere"), "tier")
+
+
+@pytest.mark.parametrize(
+    ("given", "codec", "said"),
+    [
+        ("", "auto", ""),
+        ("?codec=auto", "auto", ""),
+        ("?codec=none", "none", ""),
+        ("?codec=pack12", "pack12", ""),
+        ("?codec=naive", "none", ""),
+        (
+            "?codec=cachegen",
+            "pack12",
+            "codec=cachegen changes KV, which no codec here does: pack12 is used, which is lossless",
+        ),
+        ("?codec=fp8", "pack12", "lossless"),
+    ],
+)
+def test_the_codec_of_a_tier(given: str, codec: str, said: str) -> None:
+    spec = make_tier(f"redis://host:6379/0{given}")
+    assert spec.tier.codec == codec and said in spec.warning and bool(said) == bool(spec.warning)
+    assert spec.url == f"redis://host:6379/0{given}"  # it is no secret
+
+
+def test_a_codec_that_is_unknown_or_of_no_use_is_an_error(installed: None) -> None:
+    with pytest.raises(ConfigError, match=r"codec: .*pack12"):
+        make_tier("redis://host:6379/0?codec=zip")
+    assert make_tier("tape://?codec=none").tier.codec == "none"
+    with pytest.raises(ConfigError, match="unknown option 'codec'"):
+        make_tier("tape://?codec=pack12")
+
+
+@pytest.mark.parametrize("serde", ['"cachegen"', '{"type": "cachegen", "bits": 4}'])
+def test_a_serde_of_an_adapter_is_a_codec(serde: str) -> None:
+    assert url_of_adapter(f'{{"type": "fs", "base_path": "/d", "serde": {serde}}}') == "disk:///d?codec=cachegen"
+    with pytest.raises(ConfigError, match="serde 'zip'"):
+        url_of_adapter('{"type": "fs", "base_path": "/d", "serde": "zip"}')

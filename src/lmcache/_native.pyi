@@ -69,6 +69,18 @@ def read_frames(fd: int, frames: bytes, piece_bytes: int, /) -> bytes:
     or errno; the 128 bytes of its header; and the big-endian XXH3-128 of the payload and the header's first 112 bytes.
     """
 
+def pack12(raw: int, raw_bytes: int, stream: int, room: int, plain: int, /) -> int:
+    """Pack bfloat16 values (`native/pack12.c` has the format), without the GIL.
+
+    raw, stream: addresses. Return the bytes of the stream, or 0 if `room` may not suffice; at most `room` bytes are written.
+    plain: 1 for the code without AVX2, which tests compare.
+    """
+
+def unpack12(stream: int, stream_bytes: int, raw: int, raw_bytes: int, scratch: int, plain: int, /) -> bool:
+    """Unpack a stream of `pack12`, without the GIL. Return whether it is a stream of `raw_bytes` bytes; if not, nothing is
+    written to `raw`. scratch: the address of `stream_bytes` of memory, needed if the stream begins where `raw` does; else 0. The
+    two may not overlap in any other way."""
+
 class Table:
     """The index of one space. `lmcache.cache.table` explains the terms.
 

@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from memory_tier import STORES, MemoryTier
 
-from lmcache.testing.conformance import ConformanceSuite, corrupted, payload_of, shard_key, shard_of
+from lmcache.testing.conformance import ConformanceSuite, EncodedSuite, corrupted, payload_of, shard_key, shard_of
 from lmcache.tiers import OK, Shard, ShardKey, Tier, frame
 
 
@@ -45,6 +45,11 @@ class TestDiskBuffered(TestDisk):
         return f"disk://{place}/tier?io=buffered"
 
 
+class TestDiskEncoded(EncodedSuite, TestDisk):
+    def url(self, place: Path) -> str:
+        return f"disk://{place}/tier?codec=pack12"
+
+
 class TestDirectory(ConformanceSuite):
     least_recent_goes = False
     """Times of use are a minute apart: test_directory.py has a test of its own."""
@@ -64,6 +69,11 @@ class TestDirectory(ConformanceSuite):
     def file(self, place: Path, key: ShardKey) -> Path:
         space, name = key.text.split("/")
         return place / "tier" / space / name[:2] / name
+
+
+class TestDirectoryEncoded(EncodedSuite, TestDirectory):
+    def url(self, place: Path) -> str:
+        return f"dir://{place}/tier?codec=pack12"
 
 
 class Unchecked(MemoryTier):

@@ -18,7 +18,7 @@ import pytest
 import valkey
 
 from lmcache.errors import ConfigError
-from lmcache.testing.conformance import ConformanceSuite
+from lmcache.testing.conformance import ConformanceSuite, EncodedSuite
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, frame
 from lmcache.tiers.redis.tier import FULL, PART_BYTES, RedisTier, booked_bytes
 from lmcache.tiers.registry import make_tier, make_tiers
@@ -772,6 +772,11 @@ class TestConformance(ConformanceSuite):
         for name in self.store.raw.keys(f"{{{self.tag(place)}}}*"):
             pipeline.memory_usage(name)
         return sum(pipeline.execute())
+
+
+class TestConformanceEncoded(EncodedSuite, TestConformance):
+    def url(self, place: Path) -> str:
+        return f"{super().url(place)}&codec=pack12"
 
 
 # ---- URLs

@@ -20,7 +20,7 @@ import obstore
 import pytest
 
 from lmcache.errors import ConfigError
-from lmcache.testing.conformance import ConformanceSuite
+from lmcache.testing.conformance import ConformanceSuite, EncodedSuite
 from lmcache.tiers import ABSENT, KEPT, OK, ShardKey, Tier, TierError, frame
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.s3.accounting import Accounting, pack_uses, unpack_uses
@@ -746,3 +746,12 @@ class TestConformance(ConformanceSuite):
 
     def filesystem_bytes(self, place: Path, tier: Tier) -> int:
         return sum(listing(self.seaweed, self.prefix(place)).values())
+
+
+class TestConformanceEncoded(EncodedSuite, TestConformance):
+    def prefix(self, place: Path) -> str:
+        return f"encoded/{place.parent.name}/{place.name}"
+
+    def url(self, place: Path) -> str:
+        url = super().url(place)
+        return f"{url}{'&' if '?' in url else '?'}codec=pack12"

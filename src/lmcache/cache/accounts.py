@@ -42,7 +42,10 @@ Copies = dict[str, tuple[int, float]]
 """load, store or failed_load -> tokens and seconds of the copies of a request."""
 _OF_L1 = {"being filled": "being_written", "incomplete": "incomplete", "other groups": "other_groups"}
 _NO_LEASE = "quarantine", "too many leases"
-_DAMAGE = "not a frame", "other version", "other shard", "other size", "checksum", "truncated"
+_DAMAGE = (
+    *("not a frame", "other version", "other shard", "other size", "checksum", "truncated"),
+    *("written by a newer version", "undecodable"),
+)
 """The names of damage of `tiers.frame.DAMAGE`."""
 
 

@@ -54,6 +54,8 @@ class Space:
     """Splits of the layout that sisters may have whose chunks are in tiers, from before this server's start."""
     sisters: tuple[Space, ...] = ()
     """The spaces of the same layout and group with other splits."""
+    kv_dtype: str = ""
+    """The dtype of the KV, as in the layout; "" if that is unknown."""
     share: float = 1.0
     """How much of the memory of one model this space may hold when memory is short; less than 1 for a group of a model."""
     instances: set[str] = field(default_factory=set)

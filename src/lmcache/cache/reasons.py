@@ -75,7 +75,7 @@ REASONS: dict[str, Reason] = {
         "Use fewer requests at a time, or a faster tier.",
     ),
     "damaged": Reason(
-        "A tier delivered chunks whose checksum, size or name was wrong. They were not used, and removed from the tier.",
+        "A tier delivered chunks whose checksum, size, name or codec was wrong. They were not used, and removed from the tier.",
         "Check the disk or the network of the tier, and whether something else writes into its folder or bucket.",
     ),
     "awaited_in_vain": Reason(

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from lmcache.config import options as read
 from lmcache.config.given import Given, entries, is_null, nearest, read_yaml
@@ -31,6 +31,7 @@ _OTHERS = ("CONFIG_FILE", "L1_SIZE_GB", "LOG_LEVEL", "AUTH_KEY_FILE", "INSECURE_
 _OTHER_PREFIXES = ("SERVER_", "TEST_", "DEMO_", "MP_")
 SGLANG_KEYS = ("mp_host", "mp_port", "model_id")
 """Keys of the file that only SGLang's connector reads: the daemon's address, and a name for the weights."""
+_SERDES = ("naive", "cachegen", "kivi", "fp8")
 _NOTHING = ("", "null", "none", "~", "[]", "{}")
 
 
@@ -65,10 +66,13 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
-def _serde(text: str) -> str:
-    if text.lower() not in (*_NOTHING, "naive"):
-        raise ValueError("KV is stored uncompressed (there is no lossy codec): write naive, or leave it out")
-    return "naive"
+def _serde(text: str) -> str | None:
+    """Parse a name that the `codec` of a tier's URL may have."""
+    if text.lower() in _NOTHING:
+        return None
+    if text.lower() not in _SERDES:
+        raise ValueError(f"must be one of {', '.join(_SERDES)}; leave it out for a lossless codec where that pays")
+    return text.lower()
 
 
 def _disk(text: str) -> str | None:
@@ -109,7 +113,9 @@ class EngineConfig:
     local_disk: str | None = _row(_disk, None)
     max_local_disk_size: float = _row(read.number(0, 1e6), 0.0)
     remote_url: str | None = _row(_remote, None)
-    remote_serde: str = _row(_serde, "naive")
+    remote_serde: str | None = _row(
+        _serde, None, "cachegen, kivi, fp8: KV is stored by the lossless pack12, since no codec here changes KV"
+    )
     save_decode_cache: bool = _row(read.switch, False)
     save_unfull_chunk: bool = _row(read.switch, True)
     cache_policy: str = _row(read.word(*POLICIES), "LRU")
@@ -147,8 +153,15 @@ class EngineConfig:
         if self.local_disk is not None:
             urls.append(f"disk://{quote(self.local_disk)}?max_gb={self.max_local_disk_size:.15g}")
         if self.remote_url is not None:
-            urls.append(self.remote_url)
+            urls.append(self._with_codec(self.remote_url))
         return tuple(urls)
+
+    def _with_codec(self, url: str) -> str:
+        """Add `remote_serde` to a URL that names no codec itself."""
+        query = urlsplit(url).query
+        if self.remote_serde is None or "codec" in dict(parse_qsl(query, keep_blank_values=True)):
+            return url
+        return f"{url}{'&' if query else '?'}codec={self.remote_serde}"
 
 
 def _refused(name: str, remedy: str, parse: Callable[[str], Any] = read.switch, default: Any = False) -> Row:

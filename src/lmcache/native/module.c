@@ -11,6 +11,8 @@ static int execute(PyObject *module)
         return -1;
     if (PyModule_AddFunctions(module, lmcache_frames_methods) < 0)
         return -1;
+    if (PyModule_AddFunctions(module, lmcache_pack12_methods) < 0)
+        return -1;
     if (lmcache_add_layouts(module) < 0 || lmcache_add_table(module) < 0)
         return -1;
     return lmcache_add_sample(module);
@@ -25,7 +27,7 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "lmcache._native",
     .m_doc = "Native code of LMCache: copies between paged KV and extents, launches of copies on a device, the index table, a\n"
-             "round trip, reads of frames, and a sample of chunks.",
+             "round trip, reads of frames, a codec, and a sample of chunks.",
     .m_size = 0,
     .m_slots = slots,
 };

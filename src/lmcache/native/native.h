@@ -65,6 +65,9 @@ int lmcache_add_layouts(PyObject *module);
 /* frames.c: reads of a disk tier's frames. Ends with a zero entry. */
 extern PyMethodDef lmcache_frames_methods[];
 
+/* pack12.c: the codec of that name. Ends with a zero entry. */
+extern PyMethodDef lmcache_pack12_methods[];
+
 /* table.c: adds the `Table` type to the module. Returns 0, or -1 with a Python error set. */
 int lmcache_add_table(PyObject *module);
 

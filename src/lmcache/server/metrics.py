@@ -95,6 +95,8 @@ HELP: dict[str, str] = {
     "tier_queued_total": "Chunks that were queued to be written to the tier.",
     "tier_lost_total": "Chunks that were not written to the tier, by reason.",
     "tier_lost_bytes_total": "Bytes of the chunks that were not written to the tier, by reason.",
+    "tier_encoded_bytes_total": "Bytes of the shards that the tier stores with a codec, before encoding.",
+    "tier_encoded_stored_bytes_total": "Bytes of the same shards after encoding.",
     "tier_failed_total": "Calls of the tier that failed, by reason.",
     "tier_opened_breaker_total": "How often one of the tier's circuit breakers opened.",
 }

@@ -169,7 +169,8 @@ class Service:
         shard = request.shards, request.shard, request.shard_bytes
         try:
             space = self.l1.open_space(
-                peer.process, name, *shard, reach, request.share, family, split, expected, request.main
+                *(peer.process, name, *shard, reach, request.share, family, split, expected, request.main),
+                kv_dtype=layout.kv_dtype,
             )
         except TooSmall as error:
             self.sessions.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))

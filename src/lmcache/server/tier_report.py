@@ -64,6 +64,7 @@ class TierReport:
                     "kept_back_chunks": runner.queue.kept_back,
                     "load_bytes_per_second": None if rate is None else round(rate),
                     "ask_seconds": None if ask is None else round(ask, 6),
+                    "codec": None if runner.coder is None else runner.coder.status(),
                     "counters": dict(runner.counters) | dict(runner.queue.counters),
                 }
             )
@@ -120,6 +121,9 @@ class TierReport:
                 f"tier_load_bytes_per_second{label}": pace.bytes_per_second or 0.0,
                 f"tier_ask_seconds{label}": pace.ask_seconds or 0.0,
             }
+            if runner.coder is not None:
+                out[f"tier_encoded_bytes_total{label}"] = runner.coder.raw_bytes
+                out[f"tier_encoded_stored_bytes_total{label}"] = runner.coder.stored_bytes
             for name, value in (*runner.counters.items(), *runner.queue.counters.items()):
                 kind, _, reason = name.partition(":")
                 labels = f'{{tier="{runner.name}",reason="{reason}"}}' if reason else label

@@ -17,7 +17,7 @@ from lmcache.cache.writeback import WriteQueue
 from lmcache.observability.log import init_logger, printable
 from lmcache.server.loop import Loop
 from lmcache.tiers import Shard, ShardKey, TierError, Usage
-from lmcache.tiers.blocking import submitter, write_concurrency
+from lmcache.tiers.blocking import BlockingAdapter, submitter, write_concurrency
 from lmcache.tiers.breaker import Breaker
 from lmcache.tiers.operation import CANCELLED, Clear, Close, Contains, Load, Open, Operation, Remove, Store
 
@@ -84,6 +84,8 @@ class TierRunner:
         self.closed = False
         self._loop = loop
         self._submitter = submitter(self.tier, self.name, loop.executor, loop.now)
+        self.coder = self._submitter.coder if isinstance(self._submitter, BlockingAdapter) else None
+        """What encodes for the tier; None for tiers that do not block."""
         self._under_way: dict[_Call, None] = {}
         """The operations that were submitted and have not ended, oldest first."""
         self._usage = Usage(0, 0, None)

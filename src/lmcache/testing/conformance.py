@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
+import numpy as np
 import xxhash
 
 from lmcache.chunks.hashing import chunk_hash, chunk_root
@@ -51,15 +52,19 @@ def shard_key(number: int, space: int = 1, shard: int = 0, shards: int = 1) -> S
     return ShardKey(space.to_bytes(16, "little"), number.to_bytes(16, "little"), shard, shards)
 
 
-def payload_of(key: ShardKey, size: int) -> bytes:
-    """Return the correct content of this shard at this size. Its period is a prime, which matches no alignment or block size."""
-    period = 65_521
-    block = random.Random(key.packed + size.to_bytes(8, "little")).randbytes(min(size, period))
+def payload_of(key: ShardKey, size: int, kv_dtype: str = "") -> bytes:
+    """Return the correct content of this shard at this size. Its period is a prime (with bfloat16, twice one), which matches no
+    alignment or block size."""
+    period, seed = 65_521, key.packed + size.to_bytes(8, "little")
+    block = random.Random(seed).randbytes(min(size, period))
+    if kv_dtype == "bfloat16":
+        numbers = np.random.default_rng(int.from_bytes(seed, "little")).standard_normal(32_749, dtype=np.float32)
+        period, block = 2 * 32_749, (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     return (block * (size // period + 1))[:size]
 
 
-def shard_of(key: ShardKey, size: int) -> Shard:
-    return Shard(key, key.chunk[::-1], memoryview(payload_of(key, size)))
+def shard_of(key: ShardKey, size: int, kv_dtype: str = "") -> Shard:
+    return Shard(key, key.chunk[::-1], memoryview(payload_of(key, size, kv_dtype)), kv_dtype)
 
 
 def load_one(tier: Tier, key: ShardKey, size: int) -> tuple[str, bytes]:
@@ -137,6 +142,8 @@ class ConformanceSuite:
     """The tier evicts in the order of use, also after a restart."""
     corruptions = 2000
     """How many random corruptions are tested."""
+    kv_dtype = ""
+    """The dtype of all payloads. `EncodedSuite` sets it."""
 
     # ---- to be overridden
 
@@ -163,28 +170,34 @@ class ConformanceSuite:
         """Return the bytes that the store takes, measured without using the tier; 0 if that is not possible."""
         return 0
 
+    def payload_of(self, key: ShardKey, size: int) -> bytes:
+        return payload_of(key, size, self.kv_dtype)
+
+    def shard_of(self, key: ShardKey, size: int) -> Shard:
+        return shard_of(key, size, self.kv_dtype)
+
     # ---- the tests
 
     def test_any_size_comes_back(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             for number, size in enumerate((*SIZES, self.largest_bytes)):
                 key = shard_key(number)
-                assert tier.store([shard_of(key, size)]) == [OK], size
-                assert load_one(tier, key, size) == (OK, payload_of(key, size)), size
+                assert tier.store([self.shard_of(key, size)]) == [OK], size
+                assert load_one(tier, key, size) == (OK, self.payload_of(key, size)), size
 
     def test_a_batch_is_answered_in_order(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             keys = [shard_key(number) for number in range(60)]
             sizes = [SIZES[number % (len(SIZES) - 1)] for number in range(60)]
             stored = [number for number in range(60) if number % 3]
-            assert tier.store([shard_of(keys[number], sizes[number]) for number in stored]) == [OK] * len(stored)
+            assert tier.store([self.shard_of(keys[number], sizes[number]) for number in stored]) == [OK] * len(stored)
             order = random.Random(3).sample(range(60), 60)
             buffers = [bytearray(sizes[number]) for number in order]
             outcomes = tier.load([keys[number] for number in order], [memoryview(one) for one in buffers])
             assert outcomes == [OK if number % 3 else ABSENT for number in order]
             for number, buffer in zip(order, buffers, strict=True):
                 if number % 3:
-                    assert buffer == payload_of(keys[number], sizes[number])
+                    assert buffer == self.payload_of(keys[number], sizes[number])
             assert tier.contains([keys[number] for number in order]) == [bool(number % 3) for number in order]
 
     def test_nothing_asked_nothing_answered(self, tmp_path: Path) -> None:
@@ -198,34 +211,34 @@ class ConformanceSuite:
         with self.opened(tmp_path) as tier:
             for number, size in enumerate((300, 70000, 5 * MIB + 3)):
                 key = shard_key(number)
-                memory = bytearray(77) + payload_of(key, size) + b"end"
-                assert tier.store([Shard(key, bytes(16), memoryview(memory)[77:-3])]) == [OK]
+                memory = bytearray(77) + self.payload_of(key, size) + b"end"
+                assert tier.store([Shard(key, bytes(16), memoryview(memory)[77:-3], self.kv_dtype)]) == [OK]
                 memory[77:-3] = bytes(size)
                 assert tier.load([key], [memoryview(memory)[77:-3]]) == [OK]
-                assert memory == bytearray(77) + payload_of(key, size) + b"end"
+                assert memory == bytearray(77) + self.payload_of(key, size) + b"end"
 
     def test_what_is_there_is_kept(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             for size in (2000, 200_000):
-                shard = shard_of(shard_key(size), size)
+                shard = self.shard_of(shard_key(size), size)
                 assert tier.store([shard]) == [OK]
                 assert tier.store([shard]) in ([KEPT], [OK])
                 assert tier.store([shard, shard])[0] in (KEPT, OK)
-                assert load_one(tier, shard.key, size) == (OK, payload_of(shard.key, size))
+                assert load_one(tier, shard.key, size) == (OK, self.payload_of(shard.key, size))
             assert tier.usage().shards == 2
 
     def test_another_size_replaces(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             key = shard_key(1)
             for size in (100_000, 100, 5000, MIB):
-                assert tier.store([shard_of(key, size)]) == [OK], size
-                assert load_one(tier, key, size) == (OK, payload_of(key, size)), size
+                assert tier.store([self.shard_of(key, size)]) == [OK], size
+                assert load_one(tier, key, size) == (OK, self.payload_of(key, size)), size
 
     def test_a_buffer_of_another_size_is_a_miss_and_the_shard_goes(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             for number, (size, asked) in enumerate(((1000, 999), (1000, 1001), (200_000, 100_000), (100, 3 * MIB))):
                 key = shard_key(number)
-                tier.store([shard_of(key, size)])
+                tier.store([self.shard_of(key, size)])
                 assert load_one(tier, key, asked)[0] in frame.DAMAGE
                 assert load_one(tier, key, size)[0] == ABSENT
 
@@ -238,16 +251,16 @@ class ConformanceSuite:
             keys += [
                 first._replace(chunk=chunk_hash(chunk_root(bytes(16), salt), range(256))) for salt in ("", "one", "two")
             ]
-            assert tier.store([shard_of(key, 500) for key in keys]) == [OK] * len(keys)
+            assert tier.store([self.shard_of(key, 500) for key in keys]) == [OK] * len(keys)
             for key in keys:
-                assert load_one(tier, key, 500) == (OK, payload_of(key, 500))
+                assert load_one(tier, key, 500) == (OK, self.payload_of(key, 500))
             tier.remove([first])
             assert tier.contains(keys) == [False] + [True] * (len(keys) - 1)
 
     def test_known_says_what_contains_says(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             keys = [shard_key(number) for number in range(4)]
-            tier.store([shard_of(key, 3000) for key in keys[:2]])
+            tier.store([self.shard_of(key, 3000) for key in keys[:2]])
             assert tier.contains(keys) == [True, True, False, False]
             assert tier.known(keys) in (None, [True, True, False, False])
 
@@ -255,7 +268,7 @@ class ConformanceSuite:
         here, there = tmp_path / "here", tmp_path / "there"
         with self.opened(here) as tier, self.opened(there) as other:
             keys = [shard_key(number) for number in range(8)]
-            shards = [shard_of(key, 3000 if number % 2 else 100_000) for number, key in enumerate(keys)]
+            shards = [self.shard_of(key, 3000 if number % 2 else 100_000) for number, key in enumerate(keys)]
             tier.store(shards)
             other.store(shards)
             tier.remove(keys[:4])
@@ -274,7 +287,7 @@ class ConformanceSuite:
         for _ in range(2):
             tier.open()
             tier.open()
-            assert tier.store([shard_of(shard_key(1), 5000)]) in ([OK], [KEPT])
+            assert tier.store([self.shard_of(shard_key(1), 5000)]) in ([OK], [KEPT])
             tier.close()
             tier.close()
             assert tier.usage().shards >= 0, "usage() must work on a tier that is not open"
@@ -283,12 +296,12 @@ class ConformanceSuite:
     def test_a_restart_finds_all_again(self, tmp_path: Path) -> None:
         sizes = {shard_key(number): size for number, size in enumerate(SIZES)}
         with self.opened(tmp_path) as tier:
-            tier.store([shard_of(key, size) for key, size in sizes.items()])
+            tier.store([self.shard_of(key, size) for key, size in sizes.items()])
             used = tier.usage()
         with self.opened(tmp_path) as tier:
             assert tier.contains(list(sizes)) == [True] * len(sizes)
             for key, size in sizes.items():
-                assert load_one(tier, key, size) == (OK, payload_of(key, size)), size
+                assert load_one(tier, key, size) == (OK, self.payload_of(key, size)), size
             if self.hard_cap:
                 assert tier.usage().shards == used.shards
 
@@ -299,7 +312,7 @@ class ConformanceSuite:
         first = [shard_key(number) for number in range(8)]
         with self.opened(tmp_path, cap) as tier:
             for key in first:
-                assert tier.store([shard_of(key, size)]) == [OK]
+                assert tier.store([self.shard_of(key, size)]) == [OK]
             for key in (first[0], first[3]):
                 assert load_one(tier, key, size)[0] == OK
         with self.opened(tmp_path, cap) as tier:
@@ -307,7 +320,7 @@ class ConformanceSuite:
             expected = [first[1], first[2], first[4], first[6], first[7], first[0], first[3], first[5]]
             number, gone = 100, [key for key in first if not tier.contains([key])[0]]
             while len(gone) < len(first) and number < 200:
-                assert tier.store([shard_of(shard_key(number), size)]) == [OK]
+                assert tier.store([self.shard_of(shard_key(number), size)]) == [OK]
                 number += 1
                 gone += [key for key in expected if key not in gone and not tier.contains([key])[0]]
             assert gone == expected
@@ -318,7 +331,7 @@ class ConformanceSuite:
             stored = 0
             for number in range(150):
                 shards = [
-                    shard_of(shard_key(number * 100 + one), dice.choice((10, 2048, 5000, 65536, 300_000, 2 * MIB)))
+                    self.shard_of(shard_key(number * 100 + one), dice.choice((10, 2048, 5000, 65536, 300_000, 2 * MIB)))
                     for one in range(dice.randint(1, 6))
                 ]
                 outcomes = tier.store(shards)
@@ -337,7 +350,7 @@ class ConformanceSuite:
     def test_what_can_never_fit_is_said_and_costs_nothing(self, tmp_path: Path) -> None:
         with self.opened(tmp_path, self.small_cap_bytes) as tier:
             keys = [shard_key(number) for number in range(3)]
-            tier.store([shard_of(key, 10_000) for key in keys])
+            tier.store([self.shard_of(key, 10_000) for key in keys])
             (outcome,) = tier.store([Shard(shard_key(9), bytes(16), memoryview(bytes(self.small_cap_bytes + 1)))])
             assert outcome not in (OK, KEPT)
             assert tier.contains([*keys, shard_key(9)]) == [True, True, True, False]
@@ -353,7 +366,7 @@ class ConformanceSuite:
                 of = [sizes[key.chunk[0] % len(sizes)] for key in keys]
                 action = dice.random()
                 if action < 0.45:
-                    said = tier.store([shard_of(key, size) for key, size in zip(keys, of, strict=True)])
+                    said = tier.store([self.shard_of(key, size) for key, size in zip(keys, of, strict=True)])
                     wrong.extend(one for one in said if one not in (OK, KEPT))
                 elif action < 0.95:
                     buffers = [bytearray(size) for size in of]
@@ -362,7 +375,7 @@ class ConformanceSuite:
                     ):
                         if one not in (OK, ABSENT):
                             wrong.append(one)
-                        elif one == OK and buffer != payload_of(key, len(buffer)):
+                        elif one == OK and buffer != self.payload_of(key, len(buffer)):
                             wrong.append("wrong bytes")
                 else:
                     tier.remove(keys)
@@ -383,38 +396,42 @@ class ConformanceSuite:
                     (0, frame.NOT_A_FRAME),
                     (8, frame.OTHER_VERSION),
                     (20, frame.OTHER_SHARD),
+                    (52, frame.NEWER_CODEC),
+                    (54, frame.OTHER_VERSION),
                     (57, frame.OTHER_SIZE),
                     (70, frame.CHECKSUM),
                     (90, frame.CHECKSUM),
                     (120, frame.CHECKSUM),
                     (128, frame.CHECKSUM),
-                    (128 + size // 2, frame.CHECKSUM),
-                    (127 + size, frame.CHECKSUM),
+                    (-size // 3, frame.CHECKSUM),
+                    (-1, frame.CHECKSUM),
                 ):
-                    key = shard_key(1000 * number + place)
-                    tier.store([shard_of(key, size)])
+                    key = shard_key(1000 * number + place % 500)
+                    tier.store([self.shard_of(key, size)])
                     stored = bytearray(self.stored_frame(tmp_path, tier, key))
-                    assert len(stored) == frame.HEADER_BYTES + size
+                    assert len(stored) == frame.HEADER_BYTES + size or self.kv_dtype
                     stored[place] ^= 0x40
                     self.replace_frame(tmp_path, tier, key, bytes(stored))
-                    self.misses(tier, key, size, (expected,))
+                    # Within the bytes that the shard has before it is encoded, another number of stored ones is possible.
+                    shorter = [frame.TRUNCATED] if self.kv_dtype and expected == frame.OTHER_SIZE else []
+                    self.misses(tier, key, size, (expected, *shorter))
 
     def test_cut_off_frames_are_misses(self, tmp_path: Path) -> None:
         """A truncated frame is a miss even if the buffer holds the missing bytes from an earlier load."""
         with self.opened(tmp_path) as tier:
             head = frame.HEADER_BYTES
             for number, size in enumerate((2048, 100_000)):
-                for left in (0, 1, 100, head, head + 1, size, head + size - 1):
-                    key = shard_key(number * MIB + left)
-                    tier.store([shard_of(key, size)])
+                for left in (0, 1, 100, head, head + 1, -head, -1):
+                    key = shard_key((number + 1) * MIB + left)
+                    tier.store([self.shard_of(key, size)])
                     self.replace_frame(tmp_path, tier, key, self.stored_frame(tmp_path, tier, key)[:left])
-                    self.misses(tier, key, size, (*frame.DAMAGE, ABSENT), payload_of(key, size))
+                    self.misses(tier, key, size, (*frame.DAMAGE, ABSENT), self.payload_of(key, size))
 
     def test_frames_in_each_others_place_are_misses(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             for number, size in enumerate((2048, 100_000)):
                 one, two = shard_key(2 * number), shard_key(2 * number + 1)
-                tier.store([shard_of(one, size), shard_of(two, size)])
+                tier.store([self.shard_of(one, size), self.shard_of(two, size)])
                 stored = [self.stored_frame(tmp_path, tier, key) for key in (one, two)]
                 self.replace_frame(tmp_path, tier, one, stored[1])
                 self.replace_frame(tmp_path, tier, two, stored[0])
@@ -427,7 +444,7 @@ class ConformanceSuite:
             while done < self.corruptions:
                 keys = [shard_key(done + number) for number in range(min(100, self.corruptions - done))]
                 size = dice.choice((64, 1500, 4096, 70_000))
-                shards = [shard_of(key, size) for key in keys]
+                shards = [self.shard_of(key, size) for key in keys]
                 assert tier.store(shards) == [OK] * len(keys)
                 stored = [self.stored_frame(tmp_path, tier, key) for key in keys]
                 for number, key in enumerate(keys):
@@ -447,8 +464,8 @@ class ConformanceSuite:
         for size in (1000, 300_000):
             for written, read in ((files[0], files[1]), (files[0], None), (None, files[0])):
                 with self.opened(place, key_file=written) as tier:
-                    assert tier.store([shard_of(key, size)]) == [OK]
-                    assert load_one(tier, key, size) == (OK, payload_of(key, size))
+                    assert tier.store([self.shard_of(key, size)]) == [OK]
+                    assert load_one(tier, key, size) == (OK, self.payload_of(key, size))
                 with self.opened(place, key_file=read) as tier:
                     self.misses(tier, key, size, (frame.CHECKSUM, frame.OTHER_VERSION))
 
@@ -478,8 +495,8 @@ class ConformanceSuite:
         assert outcome in names, (size, outcome)
         assert tier.contains([key]) == [False]
         assert load_one(tier, key, size)[0] == ABSENT
-        assert tier.store([shard_of(key, size)]) == [OK]
-        assert load_one(tier, key, size) == (OK, payload_of(key, size))
+        assert tier.store([self.shard_of(key, size)]) == [OK]
+        assert load_one(tier, key, size) == (OK, self.payload_of(key, size))
         tier.remove([key])
 
     def refuses(self, tier: Tier) -> None:
@@ -489,3 +506,30 @@ class ConformanceSuite:
         except TierError:
             return
         raise AssertionError("a tier that is not open answered a load")
+
+
+class EncodedSuite(ConformanceSuite):
+    """The tests of a tier that stores encoded payloads (`codecs` of its class). `url` returns a URL with `codec=pack12`."""
+
+    kv_dtype = "bfloat16"
+
+    def test_encoded_shards_take_less(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            for number, size in enumerate((4096, 100_001, 3 * MIB)):
+                key = shard_key(number)
+                assert tier.store([self.shard_of(key, size)]) == [OK]
+                assert len(self.stored_frame(tmp_path, tier, key)) < frame.HEADER_BYTES + 0.77 * size
+                assert load_one(tier, key, size) == (OK, self.payload_of(key, size))
+                assert tier.store([self.shard_of(key, size)._replace(kv_dtype="")]) == [
+                    OK
+                ]  # as it is, in place of the other
+                assert len(self.stored_frame(tmp_path, tier, key)) == frame.HEADER_BYTES + size
+                assert load_one(tier, key, size) == (OK, self.payload_of(key, size))
+
+    def test_a_shard_is_kept_if_it_is_there_without_a_codec(self, tmp_path: Path) -> None:
+        with self.opened(tmp_path) as tier:
+            for number, size in enumerate((4096, 100_001, 9 * MIB)):
+                shard = self.shard_of(shard_key(number), size)
+                assert tier.store([shard._replace(kv_dtype="")]) == [OK]
+                assert tier.store([shard]) == [KEPT]
+                assert load_one(tier, shard.key, size) == (OK, bytes(shard.payload))

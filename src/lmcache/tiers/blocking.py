@@ -6,7 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
-from lmcache.tiers.operation import AsyncTier, Contains, Load, Operation
+from lmcache.tiers.coder import Coder
+from lmcache.tiers.operation import AsyncTier, Contains, Load, Operation, Store
 from lmcache.tiers.tier import Tier, TierBase
 
 MakeExecutor = Callable[[str, int], Executor]
@@ -37,6 +38,7 @@ class BlockingAdapter:
 
     def __init__(self, tier: Tier, name: str, executor: MakeExecutor, now: Callable[[], float]) -> None:
         self._tier, self._now = tier, now
+        self.coder = Coder(tier, name, now)
         self._readers = executor(f"{name}-read", tier.concurrency)
         self._writers = executor(f"{name}-write", write_concurrency(tier) + 1)
         self._waiting: dict[Operation[Any], None] = {}
@@ -67,7 +69,8 @@ class BlockingAdapter:
             return
         operation.began = self._now()
         try:
-            result = getattr(self._tier, operation.method)(*operation.arguments)
+            whose = self.coder if isinstance(operation, (Load, Store)) else self._tier
+            result = getattr(whose, operation.method)(*operation.arguments)
         except Exception as error:  # top of the thread; the caller handles errors that are no TierError
             operation.fail(error)
         else:

@@ -34,11 +34,22 @@ UNREADABLE = "unreadable"
 
 
 class Found(NamedTuple):
-    """A frame to read, at the place that the index gives."""
+    """A frame to read, at the place and with the bytes of payload that the index gives. into: a buffer of the shard's size, which
+    is larger if the payload is encoded."""
 
     place: int
     key: ShardKey
     into: memoryview
+    stored_bytes: int
+
+    @property
+    def payload(self) -> memoryview:
+        """The part of the buffer that the payload is read into."""
+        return self.into.cast("B")[: self.stored_bytes]
+
+
+Decoded = Callable[[int, int], None] | None
+"""As in `TierBase`."""
 
 
 class FrameIO:
@@ -75,40 +86,49 @@ class FrameIO:
             self._settle(sums)
             self._bounces.give(bounce)
 
-    def read_large(self, fd: int, found: Sequence[Found]) -> list[str | OSError]:
+    def read_large(self, fd: int, found: Sequence[Found], decoded: Decoded = None) -> list[str | OSError]:
         """Read frames of one file, in the order of their places. Return the outcome of each, which is an OSError where the device
         could not read it."""
         group = 1 if self._secret else len(found)  # a keyed checksum is computed while the next frame is read
         outcomes: list[str | OSError | Future[str]] = []
+        headers: list[bytes] = []
         try:
             for first in range(0, len(found), group):
-                outcomes += self._read_frames(fd, found[first : first + group])
+                some, heads = self._read_frames(fd, found[first : first + group])
+                outcomes += some
+                headers += heads
         finally:
             self._settle(outcomes)
-        return [one.result() if isinstance(one, Future) else one for one in outcomes]
+        ended = [one.result() if isinstance(one, Future) else one for one in outcomes]
+        return [
+            one or frame.unfold(header, where.into, decoded)
+            for one, header, where in zip(ended, headers, found, strict=True)
+        ]
 
-    def _read_frames(self, fd: int, found: Sequence[Found]) -> list[str | OSError | Future[str]]:
-        """Read by native code. It computes the checksum of a buffered piece while the piece is in the cache of the core that
-        copied it; other calls or lanes keep the device busy meanwhile."""
-        targets = [self._aligned(one.into) for one in found]
+    def _read_frames(self, fd: int, found: Sequence[Found]) -> tuple[list[str | OSError | Future[str]], list[bytes]]:
+        """Read by native code, and return outcomes and headers. It computes the checksum of a buffered piece while the piece is
+        in the cache of the core that copied it; other calls or lanes keep the device busy meanwhile."""
+        payloads = [one.payload for one in found]
+        targets = [self._aligned(payload) for payload in payloads]
         asked = [
-            (offset_of(one.place), one.into.nbytes, address_of(target))
+            (offset_of(one.place), one.stored_bytes, address_of(target))
             for one, target in zip(found, targets, strict=True)
         ]
         read = self._filesystem.read_frames(fd, asked, PIECE_BYTES if self._direct else _CACHED_BYTES)
         outcomes: list[str | OSError | Future[str]] = []
-        for one, target, (error, header, digest) in zip(found, targets, read, strict=True):
-            if target is not one.into:
-                one.into.cast("B")[:] = target
+        for one, payload, target, (error, header, digest) in zip(found, payloads, targets, read, strict=True):
+            if target is not payload:
+                payload[:] = target
             if error > 0:
                 outcomes.append(OSError(error, os.strerror(error)))
             elif error:
                 outcomes.append(frame.TRUNCATED)
             elif self._secret:
-                outcomes.append(self._pool.submit(frame.check, header, one.into, one.key, self._secret))
+                check = self._pool.submit(frame.check, header, payload, one.key, self._secret, one.into.nbytes)
+                outcomes.append(check)
             else:
-                outcomes.append(frame.check_digest(header, one.into.nbytes, digest, one.key))
-        return outcomes
+                outcomes.append(frame.check_digest(header, one.stored_bytes, digest, one.key, one.into.nbytes))
+        return outcomes, [header for _, header, _ in read]
 
     def _aligned(self, memory: memoryview) -> memoryview:
         """Return memory of this size that direct I/O, if that is used, can access: `memory` itself if possible."""
@@ -122,7 +142,7 @@ class FrameIO:
             for shard in shards:
                 payload = shard.payload.cast("B")
                 size = frame_bytes(payload.nbytes)
-                header = frame.make_header(shard.key, shard.parent, payload, self._secret)
+                header = frame.make_header(shard.key, shard.parent, payload, self._secret, shard.coding)
                 used = frame.HEADER_BYTES + payload.nbytes
                 memory[at : at + frame.HEADER_BYTES] = header
                 memory[at + frame.HEADER_BYTES : at + used] = payload
@@ -133,7 +153,7 @@ class FrameIO:
         finally:
             self._bounces.give(bounce)
 
-    def read_packed(self, fd: int, found: Sequence[Found]) -> list[str]:
+    def read_packed(self, fd: int, found: Sequence[Found], decoded: Decoded = None) -> list[str]:
         """Read frames of one file, in the order of their places, neighbours by one request. Raises OSError."""
         outcomes: list[str] = []
         bounce = self._bounces.take()
@@ -144,14 +164,15 @@ class FrameIO:
                 got = self._filesystem.read(fd, [memory[: end - begin]], begin)
                 read = memory[: min(got, end - begin)]
                 for one in found[first:behind]:
-                    payload = one.into.cast("B")
+                    payload = one.payload
                     at = offset_of(one.place) - begin
                     header, stored = read[at:][: frame.HEADER_BYTES], read[at + frame.HEADER_BYTES :][: payload.nbytes]
                     if stored.nbytes < payload.nbytes:
                         outcomes.append(frame.TRUNCATED)
                         continue
-                    outcomes.append(frame.check(header, stored, one.key, self._secret))
+                    outcome = frame.check(header, stored, one.key, self._secret, one.into.nbytes)
                     payload[:] = stored
+                    outcomes.append(outcome or frame.unfold(header, one.into, decoded))
                 first = behind
         finally:
             self._bounces.give(bounce)
@@ -210,7 +231,7 @@ class _Pieces:
 def _fill(into: memoryview, checksum: Future[frame.Checksum] | frame.Checksum, shard: Shard) -> Callable[[], None]:
     def fill() -> None:
         done = checksum.result() if isinstance(checksum, Future) else checksum
-        into[:] = done.header(shard.key, shard.parent)
+        into[:] = done.header(shard.key, shard.parent, shard.coding)
 
     return fill
 
@@ -221,7 +242,7 @@ def _run(found: Sequence[Found], first: int) -> tuple[int, int, int]:
     behind, end = first, begin
     while behind < len(found):
         at = offset_of(found[behind].place)
-        next_end = blocks(at + frame_bytes(found[behind].into.nbytes))
+        next_end = blocks(at + frame_bytes(found[behind].stored_bytes))
         if behind > first and (at - end > _GAP_BYTES or next_end - begin > BOUNCE_BYTES):
             break
         behind, end = behind + 1, max(end, next_end)

@@ -12,6 +12,7 @@ from urllib.parse import quote, urlencode
 from lmcache.config.options import word
 from lmcache.errors import ConfigError
 from lmcache.runtime import RUNTIME, Runtime
+from lmcache.tiers.coder import LOSSY, NAIVE, OPTIONS
 from lmcache.tiers.operation import AsyncTier
 from lmcache.tiers.tier import Tier, TierBase
 from lmcache.tiers.url import TierURL, parse_url
@@ -60,14 +61,20 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
         raise ConfigError(f"{url.redacted}: write={write}: {url.scheme}:// only reads; leave `write` out")
     read = url.take("read", word("yes", "no"), "yes") == "yes"
     name = url.take("name", str, url.scheme)
+    codec = "none"
+    if kind.codecs or url.options.get("codec") in ("none", NAIVE):
+        codec = url.take("codec", word(*OPTIONS, NAIVE, *LOSSY), "auto")
     tier = kind.from_url(url)
+    tier.codec = "none" if codec == NAIVE else "pack12" if codec in LOSSY else codec
     url.finish()
-    warning = (
-        f"{url.redacted}: a password in the URL can be read by every user of this machine; use ${{NAME}} or ?password_file="
-        if url.inline_secret
-        else ""
-    )
-    return TierSpec(name, url.redacted, write, read, tier, warning)
+    warnings = []
+    if url.inline_secret:
+        warnings.append(
+            "a password in the URL can be read by every user of this machine; use ${NAME} or ?password_file="
+        )
+    if codec in LOSSY:
+        warnings.append(f"codec={codec} changes KV, which no codec here does: pack12 is used, which is lossless")
+    return TierSpec(name, url.redacted, write, read, tier, f"{url.redacted}: {'; '.join(warnings)}" if warnings else "")
 
 
 def make_tiers(texts: list[str], runtime: Runtime = RUNTIME) -> list[TierSpec]:
@@ -113,13 +120,21 @@ def url_of_adapter(text: str) -> str:
     kind = given.pop("type")
     if kind not in _ADAPTERS:
         raise ConfigError(f"--l2-adapter: type {kind!r} is not supported; known: {', '.join(_ADAPTERS)}")
+    serde = given.pop("serde", None)
     values = {key: str(value) for key, value in given.items()}
     url = _ADAPTERS[kind](values)
     if values:
         raise ConfigError(
             f"--l2-adapter: {kind} does not support {sorted(values)[0]!r}; write it as --l2 {url.partition('?')[0]}?..."
         )
-    return url
+    name = serde.get("type") if isinstance(serde, dict) else serde
+    if name in (None, ""):
+        return url
+    if name not in (NAIVE, *LOSSY):
+        raise ConfigError(
+            f"--l2-adapter: serde {name!r} is not supported; write {NAIVE}, or leave it out for a lossless codec where it pays"
+        )
+    return f"{url}{'&' if '?' in url else '?'}codec={name}"
 
 
 def _fs(values: dict[str, str]) -> str:

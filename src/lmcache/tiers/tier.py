@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from lmcache.errors import LMCacheError
+from lmcache.tiers.coding import AS_IT_IS, Coding
 from lmcache.tiers.url import TierURL
 
 OK = ""
@@ -56,11 +57,21 @@ class ShardKey(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A shard to store. `parent`: the 16-byte hash of the preceding chunk, zeros for a first chunk."""
+    """A shard to store. `parent`: the 16-byte hash of the preceding chunk, zeros for a first chunk.
+
+    kv_dtype: what its elements are, as in the layout; "" if that is unknown. coding: how the payload is encoded, which belongs
+    into the frame's header. Only a tier whose class says `codecs` gets encoded payloads.
+    """
 
     key: ShardKey
     parent: bytes
     payload: memoryview
+    kv_dtype: str = ""
+    coding: Coding = AS_IT_IS
+
+    def is_kept(self, stored_bytes: int) -> bool:
+        """Return whether a stored payload of so many bytes is this shard already, as it is to be stored or not encoded."""
+        return stored_bytes == self.payload.nbytes or stored_bytes == self.coding.raw_bytes > 0
 
 
 class Usage(NamedTuple):
@@ -98,6 +109,13 @@ class TierBase(ABC):
 
     read_only: ClassVar[bool] = False
     """Whether it only reads: what it has is written, removed and cleared by somebody else."""
+    codecs: ClassVar[bool] = False
+    """Whether it stores encoded payloads: it writes `Shard.coding` into the header of each frame, and decodes with `frame.unpack`
+    or `frame.unfold`."""
+    codec: str = "none"
+    """The option `codec`: none, auto, or the name of a codec."""
+    decoded: Callable[[int, int], None] | None = None
+    """Set while somebody counts what is decoded: called with the bytes of a payload after and before, from any thread."""
     dropped: Callable[[list[ShardKey]], None] | None = None
     """Set while somebody wants to hear which shards the tier drops. A tier that knows calls it then, from any thread. It returns
     at once, and raises nothing."""

@@ -35,6 +35,7 @@ _PUBLIC = frozenset(
         "ttl",
         "prefix",
         "io",
+        "codec",
         "cluster",
         "sweep",
         "also",

@@ -53,6 +53,7 @@ class DirectoryTier(Tier):
 
     scheme = "dir"
     concurrency = 8
+    codecs = True
 
     def __init__(
         self,
@@ -221,20 +222,23 @@ class DirectoryTier(Tier):
         wrong = frame.check_stored(header[:got], size, key, into.nbytes, self._secret)
         if wrong:
             return wrong
-        checksum.update(into[:_PIECE_BYTES])
-        for at in range(_PIECE_BYTES, into.nbytes, _PIECE_BYTES):
-            piece = into[at : at + _PIECE_BYTES]
+        payload = into[: frame.payload_bytes(header)]
+        if got < frame.HEADER_BYTES + min(_PIECE_BYTES, payload.nbytes):
+            return frame.TRUNCATED
+        checksum.update(payload[:_PIECE_BYTES])
+        for at in range(_PIECE_BYTES, payload.nbytes, _PIECE_BYTES):
+            piece = payload[at : at + _PIECE_BYTES]
             if self._filesystem.read(fd, [piece], frame.HEADER_BYTES + at) < piece.nbytes:
                 return frame.TRUNCATED
             checksum.update(piece)
-        return checksum.check(header, key)
+        return checksum.check(header, key, into.nbytes) or frame.unfold(header, into, self.decoded)
 
     def _store_one(self, shard: Shard, deadline: float) -> str | OSError:
         path, payload = self._file(shard.key), shard.payload.cast("B")
         size = frame.HEADER_BYTES + payload.nbytes
         try:
             before = _stat(path)
-            if before and before.st_size == size:
+            if before and shard.is_kept(before.st_size - frame.HEADER_BYTES):
                 self._touch(path)
                 return KEPT
             cost = blocks(size) + (0 if path.parent.exists() else 2 * BLOCK_BYTES)
@@ -258,7 +262,7 @@ class DirectoryTier(Tier):
 
     def _write(self, path: Path, shard: Shard, payload: memoryview) -> None:
         aside = self._path / "tmp" / uuid.uuid4().hex
-        header = frame.make_header(shard.key, shard.parent, payload, self._secret)
+        header = frame.make_header(shard.key, shard.parent, payload, self._secret, shard.coding)
         fd = self._filesystem.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             try:

@@ -59,6 +59,7 @@ class DiskTier(Tier):
     """Stores shards on a local disk, for one process at a time (which a lock enforces) and any number of its threads."""
 
     scheme = "disk"
+    codecs = True
 
     def __init__(
         self,
@@ -128,8 +129,9 @@ class DiskTier(Tier):
                     if not row:
                         continue
                     place = self._index.place(row)
-                    hits.append(_Hit(number, Found(place, key, buffer), self._segments[place]))
-                    if self._index.payload(row) != buffer.nbytes:
+                    stored = self._index.payload(row)
+                    hits.append(_Hit(number, Found(place, key, buffer, stored), self._segments[place]))
+                    if stored > buffer.nbytes:  # fewer bytes may be encoded, as their header then says
                         outcomes[number] = frame.OTHER_SIZE
             failed: list[OSError] = []
             for number, outcome in self._read([hit for hit in hits if outcomes[hit.number] != frame.OTHER_SIZE]):
@@ -155,7 +157,7 @@ class DiskTier(Tier):
                     row = self._index.find(shard.key.packed)
                     if shard.key in seen:
                         again.append(number)
-                    elif row and self._index.payload(row) == size:
+                    elif row and shard.is_kept(self._index.payload(row)):
                         kept.append(row)
                     elif size > MAX_PAYLOAD_BYTES or cost_of([size]) > self._largest_bytes():
                         outcomes[number] = TOO_LARGE
@@ -406,7 +408,7 @@ class DiskTier(Tier):
         for shard, place in zip(shards, found, strict=True):
             key, size = shard.key.packed, shard.payload.nbytes
             row = self._index.find(key)
-            kept = bool(row) and self._index.payload(row) == size  # another call has stored it meanwhile
+            kept = bool(row) and shard.is_kept(self._index.payload(row))  # another call has stored it meanwhile
             outcomes.append(KEPT if kept else OK)
             (spare if kept else puts).append((key, size, place))
         if puts:
@@ -439,7 +441,7 @@ class DiskTier(Tier):
     def _read(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
         """Read all hits and return (number, outcome) of each, in several threads when there is much to read."""
         hits = sorted(hits, key=lambda hit: hit.found.place)
-        total = sum(hit.found.into.nbytes for hit in hits)
+        total = sum(hit.found.stored_bytes for hit in hits)
         lanes = min(_LANES, len(hits), 1 + total // _LANE_BYTES)
         if lanes <= 1:
             return self._read_lane(hits)
@@ -447,22 +449,22 @@ class DiskTier(Tier):
         parts: list[list[_Hit]] = [[] for _ in range(lanes)]
         for hit in hits:
             parts[min(lanes - 1, int(share / each))].append(hit)
-            share += hit.found.into.nbytes
+            share += hit.found.stored_bytes
         return [one for lane in self._readers.map(self._read_lane, parts) for one in lane]
 
     def _read_lane(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
         """Read hits file by file in one thread."""
         outcomes: list[tuple[int, str | OSError]] = []
-        large = [hit for hit in hits if is_large(hit.found.into.nbytes)]
+        large = [hit for hit in hits if is_large(hit.found.stored_bytes)]
         for _, of_file in itertools.groupby(large, key=lambda hit: hit.segment.number):
             some = list(of_file)
             try:
                 handle = self._segments.open_handle(some[0].segment)
-                said = self._io.read_large(handle.fd, [hit.found for hit in some])
+                said = self._io.read_large(handle.fd, [hit.found for hit in some], self.decoded)
                 outcomes += [(hit.number, one) for hit, one in zip(some, said, strict=True)]
             except OSError as error:
                 outcomes += [(hit.number, _outcome_of(error)) for hit in some]
-        packed = [hit for hit in hits if not is_large(hit.found.into.nbytes)]
+        packed = [hit for hit in hits if not is_large(hit.found.stored_bytes)]
         for _, of_file in itertools.groupby(packed, key=lambda hit: hit.segment.number):
             outcomes += self._read_packed(list(of_file))
         return outcomes
@@ -470,7 +472,7 @@ class DiskTier(Tier):
     def _read_packed(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
         try:
             handle = self._segments.open_handle(hits[0].segment)
-            said = self._io.read_packed(handle.fd, [hit.found for hit in hits])
+            said = self._io.read_packed(handle.fd, [hit.found for hit in hits], self.decoded)
         except OSError as error:
             if len(hits) == 1:
                 return [(hits[0].number, _outcome_of(error))]

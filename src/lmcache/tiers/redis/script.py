@@ -166,10 +166,11 @@ if torn and (verb == 'reserve' or verb == 'mend') then return answer('not ready'
 if verb == 'reserve' then
   local most, lease, ttl = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
   local name, bytes, parts = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
-  local had, _, is_open = record(name)
-  if had == bytes and not is_open and is_whole(name, parts) then
+  local had, had_parts, is_open = record(name)
+  local not_encoded = tonumber(ARGV[8]) -- what the shard takes without its codec
+  if (had == bytes or had == not_encoded) and not is_open and is_whole(name, had_parts) then
     call('UNLINK', tag .. '.nothing')
-    touch(name, parts, now, ttl)
+    touch(name, had_parts, now, ttl)
     return answer('kept')
   end
   call('HINCRBY', index, 'used', 0) -- fails where `maxmemory` is reached

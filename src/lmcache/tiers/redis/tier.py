@@ -42,6 +42,7 @@ class RedisTier(Tier):
     """One store, which is a server or a cluster. A call uses one connection to each server that it needs."""
 
     scheme = "redis"
+    codecs = True
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class RedisTier(Tier):
         def ask(connection: Connection, which: list[int]) -> None:
             touched = self._ask_to_touch(connection, [(keys[index], len(into[index])) for index in which])
             known: list[bool] = []
-            wrong: list[int] = []
+            wrong: list[tuple[ShardKey, int, str]] = []
             asked, ahead_bytes = 0, 0
             for place, index in enumerate(which):
                 while asked < len(which) and (ahead_bytes < _WINDOW_BYTES or asked <= place):
@@ -124,12 +125,12 @@ class RedisTier(Tier):
                     ahead_bytes += len(into[which[asked]])
                     asked += 1
                 known = known or self._touched(connection, touched, len(which))
-                outcome = self._receive(connection, keys[index], into[index])
+                outcome, stored_bytes = self._receive(connection, keys[index], into[index])
                 ahead_bytes -= len(into[index])
-                if known[place] != (outcome == OK) or outcome not in (OK, ABSENT):
-                    wrong.append(index)
                 outcomes[index] = ABSENT if outcome == _PARTLY else outcome
-            self._mend(connection, [(keys[index], len(into[index]), outcomes[index]) for index in wrong])
+                if known[place] != (outcome == OK) or outcome not in (OK, ABSENT):
+                    wrong.append((keys[index], stored_bytes, outcomes[index]))
+            self._mend(connection, wrong)
 
         self._converse(keys, ask)
         return outcomes
@@ -192,27 +193,32 @@ class RedisTier(Tier):
 
     # ---- one shard
 
-    def _ask_for(self, connection: Connection, key: ShardKey, payload_bytes: int) -> None:
+    def _ask_for(self, connection: Connection, key: ShardKey, raw_bytes: int) -> None:
+        """Ask for the header and as many parts as a payload that is not encoded has; an encoded one may have fewer."""
         name = self._name(key)
         connection.queue(b"GET", name)
-        for part in range(_parts(payload_bytes)):
+        for part in range(_parts(raw_bytes)):
             connection.queue(b"GET", b"%b.%x" % (name, part))
 
-    def _receive(self, connection: Connection, key: ShardKey, memory: memoryview) -> str:
-        """Read all replies to `_ask_for` and return the outcome."""
-        header = connection.reply()
+    def _receive(self, connection: Connection, key: ShardKey, memory: memoryview) -> tuple[str, int]:
+        """Read all replies to `_ask_for` and return the outcome, and the bytes of the payload as it is stored."""
+        header, stored_bytes = connection.reply(), len(memory)
         if isinstance(header, bytes):
             outcome = frame.check_header(header, key, len(memory), self._secret)
             if not outcome and len(header) != frame.HEADER_BYTES:
                 outcome = frame.NOT_A_FRAME
+            if outcome == OK:
+                stored_bytes = frame.payload_bytes(header)
         elif header is None:
             outcome = ABSENT
         else:
             outcome = self._no_value(connection, header)
         checksum = frame.Checksum(self._secret)
         for start in range(0, len(memory), PART_BYTES):
-            part = memory[start : start + PART_BYTES]
+            part = memory[start : max(start, min(start + PART_BYTES, stored_bytes))]
             got = connection.value_into(part, checksum.update)
+            if got is None and start >= stored_bytes:
+                continue
             if isinstance(got, ReplyError):
                 outcome = outcome or self._no_value(connection, got)
             elif got is None:
@@ -221,7 +227,9 @@ class RedisTier(Tier):
                 outcome = _PARTLY
             elif got != len(part):
                 outcome = outcome or frame.TRUNCATED
-        return outcome or checksum.check(header, key) if isinstance(header, bytes) else outcome
+        if outcome == OK and isinstance(header, bytes):
+            outcome = checksum.check(header, key, len(memory)) or frame.unfold(header, memory, self.decoded)
+        return outcome, stored_bytes
 
     def _no_value(self, connection: Connection, reply: Reply) -> str:
         """Return the outcome of an error about one shard. Raises TierError for an error about the server."""
@@ -232,8 +240,10 @@ class RedisTier(Tier):
     def _reserve(self, connection: Connection, shard: Shard) -> None:
         size = shard.payload.nbytes
         most = (self._max_bytes or 0) // len(self._tags)
+        not_encoded = booked_bytes(shard.coding.raw_bytes or size)
         self._script(
-            connection, self._tag(shard.key), "reserve", most, self._lease_us, self._ttl_us, *_booking(shard.key, size)
+            *(connection, self._tag(shard.key), "reserve", most, self._lease_us, self._ttl_us),
+            *(*_booking(shard.key, size), not_encoded),
         )
 
     def _admission(self, connection: Connection, key: ShardKey) -> str:
@@ -251,7 +261,7 @@ class RedisTier(Tier):
             connection.send_value(
                 b"%b.%x" % (name, part), piece, checksum.update, b"PX", b"%d" % (self._lease_us // 1000)
             )
-        header, booking = checksum.header(shard.key, shard.parent), _booking(shard.key, payload.nbytes)
+        header, booking = checksum.header(shard.key, shard.parent, shard.coding), _booking(shard.key, payload.nbytes)
         self._script(connection, self._tag(shard.key), "commit", self._ttl_us, header, *booking)
 
     def _written(self, connection: Connection, shard: Shard) -> str:

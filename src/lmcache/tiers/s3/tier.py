@@ -47,6 +47,7 @@ class S3Tier(Tier):
 
     scheme = "s3"
     concurrency = 8
+    codecs = True
     batch_bytes = 64 << 20
 
     def __init__(
@@ -126,24 +127,27 @@ class S3Tier(Tier):
             memory = into[index][start : start + RANGE_BYTES]
             sum_up = sums[index].update if summed[index] == start else None
             if start:
-                self._client.read(keys[index].text, frame.HEADER_BYTES + start, [memory], sum_up)
+                size = self._client.read(keys[index].text, frame.HEADER_BYTES + start, [memory], sum_up)
             else:
                 head = memoryview(headers[index])
-                sizes[index] = self._client.read(keys[index].text, 0, [head, memory], sum_up)
-            if sum_up:
-                summed[index] += len(memory)
+                size = sizes[index] = self._client.read(keys[index].text, 0, [head, memory], sum_up)
+            if sum_up:  # an encoded payload may end within the range or before it
+                summed[index] += min(len(memory), max(0, (size or 0) - frame.HEADER_BYTES - start))
 
         def done(index: int, start: int) -> None:
             """Finish a range. Called in the caller's thread, in order, while the pool reads on."""
             size, memory = sizes[index], into[index]
-            behind = min(start + RANGE_BYTES, len(memory))
             if size is None:
                 return
+            behind = min(start + RANGE_BYTES, len(memory), max(0, size - frame.HEADER_BYTES))
             if summed[index] < behind:
                 sums[index].update(memory[start:behind])
                 summed[index] = behind
-            if behind == len(memory):
-                outcomes[index] = self._check(bytes(headers[index]), size, sums[index], keys[index], len(memory))
+            if start + RANGE_BYTES >= len(memory):
+                header = bytes(headers[index])
+                outcomes[index] = self._check(header, size, sums[index], keys[index], len(memory)) or frame.unfold(
+                    header, memory, self.decoded
+                )
 
         longest = max(map(len, into), default=0)
         work = [
@@ -159,10 +163,10 @@ class S3Tier(Tier):
         self.remove([key for key, outcome in zip(keys, outcomes, strict=True) if outcome not in (OK, ABSENT)])
         return outcomes
 
-    def _check(self, header: bytes, size: int, checksum: frame.Checksum, key: ShardKey, payload_bytes: int) -> str:
+    def _check(self, header: bytes, size: int, checksum: frame.Checksum, key: ShardKey, raw_bytes: int) -> str:
         """Check a frame by the object's `size`: memory that was not read into may hold the same shard from before."""
-        wrong = frame.check_stored(header, size, key, payload_bytes, self._secret)
-        return wrong or checksum.check(header, key)
+        wrong = frame.check_stored(header, size, key, raw_bytes, self._secret)
+        return wrong or checksum.check(header, key, raw_bytes)
 
     def store(self, shards: Sequence[Shard]) -> list[str]:
         outcomes = [FULL] * len(shards)
@@ -170,15 +174,16 @@ class S3Tier(Tier):
         def write(index: int) -> None:
             shard = shards[index]
             size = frame.HEADER_BYTES + shard.payload.nbytes
-            if self._client.size(shard.key.text) == size:
-                self._accounting.seen(shard.key, size)
+            there = self._client.size(shard.key.text)
+            if there is not None and shard.is_kept(there - frame.HEADER_BYTES):
+                self._accounting.seen(shard.key, there)
                 outcomes[index] = KEPT
                 return
             outcomes[index] = self._admit(shard.key, size)
             if outcomes[index] != OK:
                 return
             try:
-                header = frame.make_header(shard.key, shard.parent, shard.payload, self._secret)
+                header = frame.make_header(shard.key, shard.parent, shard.payload, self._secret, shard.coding)
                 self._client.write(shard.key.text, [header, shard.payload])
             except TierError as error:
                 if error.reason != "full":
