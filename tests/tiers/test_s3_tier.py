@@ -481,6 +481,36 @@ def test_credentials_come_from_a_profile(seaweed: Seaweed, monkeypatch: pytest.M
     tier.close()
 
 
+def test_a_profile_that_is_missing_or_has_no_keys_is_named_with_what_to_type(
+    seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_PROFILE", "prod")
+    with pytest.raises(
+        ConfigError, match=r"AWS_PROFILE=prod: there is no such profile in .*/credentials and .*/config$"
+    ):
+        make_tier(seaweed.url("profile"))
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/credentials").write_text("[default]\naws_access_key_id = x\n")
+    (tmp_path / ".aws/config").write_text("[profile dev]\nsso_session = work\n")
+    with pytest.raises(ConfigError, match=r"AWS_PROFILE=prod: .*; they have default, dev"):
+        make_tier(seaweed.url("profile"))
+    monkeypatch.setattr(InstanceRole, "has_role", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), InstanceRole) as metadata:
+        threading.Thread(target=metadata.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{metadata.server_port}")
+        for profile, remedy in (
+            ("dev", "dev has sso_session, which is not followed here: type `eval .*export-credentials --profile dev "),
+            ("default", "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"),
+        ):
+            monkeypatch.setenv("AWS_PROFILE", profile)
+            with pytest.raises(TierError, match=remedy) as caught:
+                tier_of(seaweed.url("profile"))
+            assert caught.value.reason == "denied"
+        metadata.shutdown()
+
+
 def test_temporary_keys_of_a_profile_are_read_again(
     seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from lmcache.config.hosts import connect, seconds_left
 from lmcache.observability.log import printable
+from lmcache.tiers.redis.remedies import remedy_of
 from lmcache.tiers.tier import TierError
 
 PIECE_BYTES = 512 << 10
@@ -56,6 +57,10 @@ class Moved(TierError):
     """The key is on another node of the cluster, so the map of nodes is out of date."""
 
 
+class ScriptLost(TierError):
+    """The server does not have the script that a connection has sent it before. New connections send it again."""
+
+
 @dataclass(frozen=True)
 class Login:
     """Credentials and database. An empty username means the password alone; an empty password means neither."""
@@ -74,6 +79,9 @@ class Connection:
 
     def __init__(self, host: str, port: int, login: Login, deadline: float) -> None:
         self.name, self.deadline = f"{host}:{port}", deadline
+        self._username = login.username
+        self._known_scripts: set[bytes] = set()
+        """The digests of the scripts that this connection has sent."""
         self._out = bytearray()
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view, self._from, self._to = memoryview(self._buffer), 0, 0
@@ -120,6 +128,14 @@ class Connection:
         for word in words:
             said = word if isinstance(word, bytes) else str(word).encode()
             self._out += b"$%d\r\n%b\r\n" % (len(said), said)
+
+    def queue_script(self, text: bytes, digest: bytes, key: bytes, *arguments: bytes | str | int) -> None:
+        """Queue a call of a script with one key: its text the first time, which the server keeps, and then its SHA-1 digest."""
+        if digest in self._known_scripts:
+            self.queue(b"EVALSHA", digest, 1, key, *arguments)
+        else:
+            self.queue(b"EVAL", text, 1, key, *arguments)
+            self._known_scripts.add(digest)
 
     def send_value(self, key: bytes, value: memoryview, seen: Seen, *options: bytes) -> None:
         """Send `SET key value options` now, without copying the value anywhere but into the socket."""
@@ -268,29 +284,12 @@ class Connection:
         """Close the connection and return an error reply as a TierError."""
         self.close()
         if error.code == "MOVED":
-            return Moved("moved", f"Redis at {self.name} is a node of a cluster: add ?cluster=yes")
-        reason, remedy = _REMEDIES.get(error.code, ("refused", ""))
-        if "AUTH" in error.text and reason == "refused":
-            reason, remedy = _REMEDIES["WRONGPASS"]
+            return Moved("moved", f"Redis at {self.name} is a node of a cluster and lacks a key: add ?cluster=yes")
+        if error.code == "NOSCRIPT":
+            return ScriptLost("not ready", f"Redis at {self.name} has forgotten a script; it is sent again")
+        reason, remedy = remedy_of(error.code, error.text, self._username)
         text = f"{error.text.rstrip('.')}; {remedy}" if remedy else error.text
         return TierError(reason, f"Redis at {self.name}: {text}")
-
-
-_REMEDIES = {
-    "NOAUTH": ("denied", "give its password: redis://:${NAME}@host, or ?password_file=FILE"),
-    "WRONGPASS": ("denied", "check user and password"),
-    "NOPERM": ("denied", "docs/tiers/redis.md lists what the user must be allowed"),
-    "READONLY": ("denied", "it is a replica: name the primary"),
-    "OOM": ("full", "its maxmemory is reached"),
-    "MISCONF": ("io", ""),
-    "LOADING": ("not ready", ""),
-    "MASTERDOWN": ("not ready", ""),
-    "CLUSTERDOWN": ("not ready", ""),
-    "TRYAGAIN": ("not ready", ""),
-    "ASK": ("not ready", ""),
-    "BUSY": ("not ready", ""),
-}
-"""Maps the first word of an error to the tier's reason and a remedy."""
 
 
 class Node:

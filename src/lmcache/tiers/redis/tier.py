@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from lmcache.config.options import integer, number, word
 from lmcache.errors import ConfigError
 from lmcache.tiers import frame
-from lmcache.tiers.redis.resp import Connection, Login, Moved, Node, Nodes, Reply, ReplyError
-from lmcache.tiers.redis.script import ADMITTED, ENOUGH_KEYS, MAX_PARTS, MORE, NOT_READY, SCRIPT
+from lmcache.tiers.redis.resp import Connection, Login, Moved, Node, Nodes, Reply, ReplyError, ScriptLost
+from lmcache.tiers.redis.script import ADMITTED, DIGEST, ENOUGH_KEYS, MAX_PARTS, MORE, NOT_READY, SCRIPT
 from lmcache.tiers.tier import ABSENT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -339,10 +339,12 @@ class RedisTier(Tier):
                 try:
                     with node.connection(deadline) as connection:
                         work(connection, which)
-                except Moved:
-                    if not self._nodes.is_cluster or attempt == 2:
+                except (Moved, ScriptLost) as error:
+                    if isinstance(error, Moved) and not self._nodes.is_cluster:
                         raise
-                    self._nodes.stale = True
+                    if attempt == 2:
+                        raise TierError("not ready", f"{error}; the tier is tried again by itself") from None
+                    self._nodes.stale = self._nodes.is_cluster
                     left += which
                 except TierError:
                     self._nodes.stale = self._nodes.is_cluster
@@ -354,13 +356,19 @@ class RedisTier(Tier):
         """Run one verb of the script for each tag and return the last answer."""
         deadline, said = self._deadline(), ""
         for tag in tags or self._tags:
-            with self._nodes.of(tag).connection(deadline) as connection:
-                self._script(connection, tag, verb)
-                said = self._said(connection, tag, connection.reply())
+            try:
+                said = self._ask_script(tag, verb, deadline)
+            except ScriptLost:
+                said = self._ask_script(tag, verb, deadline)
         return said
 
+    def _ask_script(self, tag: bytes, verb: str, deadline: float) -> str:
+        with self._nodes.of(tag).connection(deadline) as connection:
+            self._script(connection, tag, verb)
+            return self._said(connection, tag, connection.reply())
+
     def _script(self, connection: Connection, tag: bytes, verb: str, *arguments: bytes | str | int) -> None:
-        connection.queue(b"EVAL", SCRIPT, 1, tag, verb, *arguments)
+        connection.queue_script(SCRIPT, DIGEST, tag, verb, *arguments)
 
     def _said(self, connection: Connection, tag: bytes, reply: Reply) -> str:
         """Return the script's answer, and note the usage that each answer contains."""

@@ -5,6 +5,7 @@ see the place, the operation, the status and S3's own code, so that no credentia
 from __future__ import annotations
 
 import configparser
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from obstore.exceptions import (
 )
 from obstore.store import S3Store
 
+from lmcache.errors import ConfigError
 from lmcache.runtime import RUNTIME
 from lmcache.tiers.tier import TierError
 
@@ -198,7 +200,9 @@ class Client:
         status, code = _status(error), _code(error)
         said = " ".join(filter(None, (str(status or ""), code))) or type(error).__name__
         text = str(error)
-        no_credentials = f"{self.place.text}: no credentials in environment, profile or instance role"
+        no_credentials = (
+            f"{self.place.text}: no credentials in environment, profile or instance role; {missing_keys(os.environ)}"
+        )
         if _METADATA.search(text):
             return TierError("denied", no_credentials)
         if code == "NoSuchBucket" or (status == 404 and verb == "LIST"):
@@ -232,25 +236,59 @@ def _temporary_keys() -> Any:
 
 
 def profile_of(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return credentials and region of the shared files as obstore's settings, where the environment has no keys itself."""
-    home = Path(environ.get("HOME", "/"))
+    """Return credentials and region of the shared files as obstore's settings, where the environment has no keys itself.
+
+    Raises:
+        ConfigError: `AWS_PROFILE` names a profile that is in neither file.
+    """
     name = environ.get("AWS_PROFILE", "default")
     found: dict[str, str] = {}
-    for variable, default, section in (
-        ("AWS_SHARED_CREDENTIALS_FILE", home / ".aws/credentials", name),
-        ("AWS_CONFIG_FILE", home / ".aws/config", name if name == "default" else f"profile {name}"),
-    ):
-        parser = configparser.ConfigParser(interpolation=None, strict=False)
-        try:
-            parser.read(environ.get(variable, default), encoding="utf-8")
-        except (OSError, ValueError, configparser.Error):
-            continue  # a later source may have them; without any, the first request reports it
+    there: set[str] = set()
+    for _, section, parser in _shared_files(environ, name):
+        there |= {each.removeprefix("profile ") for each in parser.sections()}
         if parser.has_section(section):
             for theirs, ours in _PROFILE.items():
                 if value := parser.get(section, theirs, fallback=""):
                     found.setdefault(ours, value)
-    if environ.get("AWS_ACCESS_KEY_ID") or "secret_access_key" not in found:
+    has_keys = bool(environ.get("AWS_ACCESS_KEY_ID"))
+    if "AWS_PROFILE" in environ and name not in there and not has_keys:
+        paths = " and ".join(str(path) for path, _, _ in _shared_files(environ, name))
+        known = f"; they have {', '.join(sorted(there))}" if there else ""
+        raise ConfigError(f"AWS_PROFILE={name}: there is no such profile in {paths}{known}")
+    if has_keys or "secret_access_key" not in found:
         return {key: value for key, value in found.items() if key == "region"}
+    return found
+
+
+def missing_keys(environ: Mapping[str, str]) -> str:
+    """Return what to type where there are no credentials: it depends on what the profile has in place of keys."""
+    name = environ.get("AWS_PROFILE", "default")
+    for _, section, parser in _shared_files(environ, name):
+        for key in ("sso_session", "sso_start_url", "role_arn", "credential_process"):
+            if parser.has_option(section, key):
+                command = f'eval "$(aws configure export-credentials --profile {name} --format env)"'
+                return f"the profile {name} has {key}, which is not followed here: type `{command}` before `lmcache server`"
+    return (
+        "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE with the name of a profile of"
+        " ~/.aws/credentials that has keys, or give the machine a role"
+    )
+
+
+def _shared_files(environ: Mapping[str, str], name: str) -> list[tuple[Path, str, configparser.ConfigParser]]:
+    """Return path, the profile's section, and content of AWS's two files; empty content for a file that cannot be read."""
+    home, found = Path(environ.get("HOME", "/")), []
+    for variable, default, section in (
+        ("AWS_SHARED_CREDENTIALS_FILE", home / ".aws/credentials", name),
+        ("AWS_CONFIG_FILE", home / ".aws/config", name if name == "default" else f"profile {name}"),
+    ):
+        path, parser = (
+            Path(environ.get(variable, default)),
+            configparser.ConfigParser(interpolation=None, strict=False),
+        )
+        # the other file may have them; without any, the first request reports it
+        with contextlib.suppress(OSError, ValueError, configparser.Error):
+            parser.read(path, encoding="utf-8")
+        found.append((path, section, parser))
     return found
 
 
