@@ -36,11 +36,15 @@ _PUBLIC = frozenset(
         "prefix",
         "io",
         "cluster",
+        "sentinel",
         "sweep",
         "also",
     ]
 )
 """Options whose values may be shown; those of `*_file` are paths. Values of all other options are shown as `***`."""
+_SENTINELS = re.compile(
+    r"redis(?P<tls>s?)-sentinel://(?P<who>[^@/?]*@)?(?P<hosts>[^/?]*)(?P<path>/[^?]*)?(\?(?P<query>.*))?"
+)
 T = TypeVar("T")
 
 
@@ -115,8 +119,12 @@ class TierURL:
 
     def take_password(self) -> str:
         """Return the URL's password, or the content of `password_file`."""
-        path = self.take("password_file", str, "")
-        return read_secret(path, self.redacted).decode() if path else self.password
+        return self.take_secret("password_file") or self.password
+
+    def take_secret(self, name: str) -> str:
+        """Return the content of the file that this option names, "" without the option."""
+        path = self.take(name, str, "")
+        return read_secret(path, self.redacted).decode() if path else ""
 
     def finish(self) -> None:
         """Check that all options were taken. Raises ConfigError for one that was not."""
@@ -129,6 +137,7 @@ class TierURL:
 
 def parse_url(text: str, environ: Mapping[str, str] = os.environ, runtime: Runtime = RUNTIME) -> TierURL:
     """Parse the URL of a tier. Raises ConfigError for invalid text or an unset `${NAME}`. The message shows no secret."""
+    text = _one_host(text)
     scheme = text.partition("://")[0]
     if "://" not in text or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         raise ConfigError(
@@ -161,6 +170,21 @@ def parse_url(text: str, environ: Mapping[str, str] = os.environ, runtime: Runti
         inline_secret=bool(raw_password) and not _REFERENCE.fullmatch(raw_password),
         runtime=runtime,
     )
+
+
+def _one_host(text: str) -> str:
+    """Return `redis-sentinel://a:1,b:2/NAME/0?...` as `redis://a:1/0?sentinel=NAME&also=b:2&...`, others as they are."""
+    found = _SENTINELS.fullmatch(text)
+    if not found:
+        return text
+    first, _, others = found["hosts"].partition(",")
+    name, _, database = (found["path"] or "").strip("/").partition("/")
+    if not name:
+        raise ConfigError(
+            "redis-sentinel://...: write redis-sentinel://host:26379,host2:26379/NAME/0, with the primary's name"
+        )
+    options = [f"sentinel={name}", *([f"also={others}"] if others else []), *filter(None, [found["query"]])]
+    return f"redis{found['tls']}://{found['who'] or ''}{first}/{database or 0}?{'&'.join(options)}"
 
 
 def read_secret(path: str, said: str, binary_bytes: int = 0) -> bytes:

@@ -45,7 +45,8 @@ _TEXTS: tuple[tuple[str, str, str], ...] = (
     (
         r"unknown command|unknown subcommand",
         "refused",
-        "the tier needs Redis 6 or later, or Valkey, with this command neither renamed nor forbidden",
+        "the tier needs Redis 6 or later, or Valkey, with this command neither renamed nor forbidden;"
+        " of a Sentinel, write ?sentinel=NAME",
     ),
 )
 """Errors that begin with the word ERR, by their text."""

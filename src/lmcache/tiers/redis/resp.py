@@ -6,7 +6,6 @@ redis-py is not used: it joins a value from small pieces, and the caller copies 
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 import select
 import socket
@@ -28,7 +27,6 @@ _BUFFER_BYTES = 16 << 10
 """Buffer for short replies. It is small, because the part of a large value that arrives in it is copied once more."""
 _MOST_BYTES, _MOST_ITEMS, _MOST_DEPTH = 1 << 20, 1 << 20, 4
 """Bounds of a reply that is not received into the caller's memory."""
-_SLOTS = 16384
 _KNOCK_SECONDS = 1.0
 """Time beyond the deadline, only for a server that has never answered, to find out whether it speaks TLS."""
 
@@ -348,7 +346,22 @@ class Node:
                 if not has_tls and _is_tls(other):
                     why = f"{self.host}:{self.port} speaks TLS: write rediss:// in place of redis://"
                     return TierError("protocol", why)
+            if self._login.tls and error.reason == "unreachable" and self._wants_certificate(self._login.tls):
+                remedy = "give one with ?cert_file= and ?cert_key_file=, or set `tls-auth-clients no` there"
+                why = f"Redis at {self.host}:{self.port} asks for a certificate of its clients: {remedy}"
+                return TierError("denied", why)
         return error
+
+    def _wants_certificate(self, tls: ssl.SSLContext) -> bool:
+        """Whether the server ends TLS because the client shows no certificate. It says so to one who listens only."""
+        with contextlib.suppress(OSError), connect(self.host, self.port, _KNOCK_SECONDS) as plain:
+            plain.settimeout(_KNOCK_SECONDS)
+            try:
+                with tls.wrap_socket(plain, server_hostname=self.host) as other:
+                    other.recv(1)
+            except ssl.SSLError as error:
+                return "CERTIFICATE_REQUIRED" in (error.reason or "") or "HANDSHAKE_FAILURE" in (error.reason or "")
+        return False
 
     def close(self) -> None:
         while self._idle:
@@ -366,65 +379,3 @@ def _is_tls(connection: socket.socket) -> bool:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # no data is sent to it
     context.wrap_socket(connection).close()
     return True
-
-
-class Nodes:
-    """One server, or the primaries of a cluster and the hash slots of each."""
-
-    def __init__(self, host: str, port: int, login: Login, limit: int, is_cluster: bool) -> None:
-        self._login, self._limit, self.is_cluster = login, limit, is_cluster
-        self._lock = threading.Lock()
-        self._seed = Node(host, port, login, limit)
-        self._nodes = {(host, port): self._seed}
-        self._ranges: list[tuple[int, int, Node]] = []
-        self.stale = is_cluster
-
-    def all(self) -> list[Node]:
-        """Return the servers that hold keys."""
-        return list({id(node): node for _, _, node in self._ranges}.values()) if self.is_cluster else [self._seed]
-
-    def of(self, tag: bytes) -> Node:
-        """Return the server of the keys with this hash tag, which includes its braces."""
-        if not self.is_cluster:
-            return self._seed
-        slot = binascii.crc_hqx(tag[1:-1], 0) % _SLOTS
-        for first, last, node in self._ranges:
-            if first <= slot <= last:
-                return node
-        raise TierError("not ready", f"Redis Cluster at {self._seed.host}:{self._seed.port}: no node has slot {slot}")
-
-    def refresh(self, deadline: float) -> None:
-        """Ask any node of the cluster for the map of hash slots. Raises TierError when no node answers."""
-        with self._lock:
-            trouble: TierError | None = None
-            for node in [self._seed, *(node for node in self._nodes.values() if node is not self._seed)]:
-                try:
-                    with node.connection(deadline) as connection:
-                        connection.queue(b"CLUSTER", b"SLOTS")
-                        self._ranges = self._parse(node, connection.answer())
-                except TierError as error:
-                    trouble = trouble or error
-                else:
-                    self.stale = False
-                    return
-            assert trouble
-            raise trouble
-
-    def _parse(self, asked: Node, slots: Reply) -> list[tuple[int, int, Node]]:
-        ranges = []
-        for entry in slots if isinstance(slots, list) else [slots]:
-            match entry:
-                case [int(first), int(last), [host, int(port), *_], *_]:
-                    address = (host.decode() if isinstance(host, bytes) and host else asked.host, port)
-                    if address not in self._nodes:
-                        self._nodes[address] = Node(*address, self._login, self._limit)
-                    ranges.append((first, last, self._nodes[address]))
-                case _:
-                    raise TierError(
-                        "protocol", f"{asked.host}:{asked.port} does not describe its cluster: {entry!r:.80}"
-                    )
-        return ranges
-
-    def close(self) -> None:
-        for node in self._nodes.values():
-            node.close()
