@@ -22,10 +22,11 @@ import pytest
 from lmcache.errors import ConfigError
 from lmcache.testing.conformance import ConformanceSuite
 from lmcache.tiers import ABSENT, KEPT, OK, ShardKey, Tier, TierError, frame
+from lmcache.tiers.object_store.accounting import Accounting, pack_uses, unpack_uses
+from lmcache.tiers.object_store.client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed
+from lmcache.tiers.object_store.s3 import S3Tier
+from lmcache.tiers.object_store.tier import RANGE_BYTES
 from lmcache.tiers.registry import make_tier
-from lmcache.tiers.s3.accounting import Accounting, pack_uses, unpack_uses
-from lmcache.tiers.s3.client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed, Place
-from lmcache.tiers.s3.tier import RANGE_BYTES, S3Tier
 from proxy import Proxy
 from servers import PATIENCE, beside, eventually
 from stores import ACCESS, READER, READER_SECRET, SECRET, Seaweed, load, shards_of, tier_of
@@ -399,7 +400,7 @@ def test_a_shard_in_the_books_takes_at_most_200_bytes() -> None:
 
 def test_without_a_cap_a_shard_that_is_used_takes_no_more() -> None:
     """Nothing is swept then, so its use would never be forgotten."""
-    count, tier = 20_000, S3Tier(Client(Place("bucket", endpoint="http://127.0.0.1:1"), 1.0))
+    count, tier = 20_000, make_tier("s3://bucket?endpoint=http://127.0.0.1:1").tier
     keys = [ShardKey.unpack(os.urandom(36)) for _ in range(count)]
     tracemalloc.start()
     try:
@@ -517,7 +518,7 @@ def test_temporary_keys_of_a_profile_are_read_again(
     """A tool of the user's writes new ones into the file before the former ones expire."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    monkeypatch.setattr("lmcache.tiers.s3.client.REREAD_SECONDS", 0.0)
+    monkeypatch.setattr("lmcache.tiers.object_store.s3.REREAD_SECONDS", 0.0)
     (tmp_path / ".aws").mkdir()
 
     def give(secret: str, token: str) -> None:

@@ -451,11 +451,13 @@ def _nodes(url: TierURL) -> Nodes:
         raise ConfigError(f"{url.redacted}: a cluster has no Sentinels: leave out ?sentinel= or ?cluster=yes")
     login = Login(url.username, url.take_password(), int(database), _tls(url))
     limit = url.take("connections", integer(1, 64), 8)
+    others: list[tuple[str, int]] = url.take("also", _hosts, [])
+    sentinel_password = url.take_secret("sentinel_password_file")
     if sentinel:
         first = url.host, url.port or SENTINEL_PORT
-        others: list[tuple[str, int]] = url.take("also", _hosts, [])
-        password = url.take_secret("sentinel_password_file")
-        return Sentinels([first, *others], login, limit, sentinel, with_sentinels_login(login, password))
+        return Sentinels([first, *others], login, limit, sentinel, with_sentinels_login(login, sentinel_password))
+    if others or sentinel_password:
+        raise ConfigError(f"{url.redacted}: also and sentinel_password_file need sentinel=NAME, the primary's name")
     return (Cluster if is_cluster else Nodes)(url.host, url.port or 6379, login, limit)
 
 
