@@ -53,6 +53,8 @@ ENDS = {
     ("tiers/directory/tier.py", "self._watch.join()"): THE_TIERS_CALL,
     ("tiers/directory/tier.py", "self._pool.shutdown()"): THE_TIERS_CALL,
     ("tiers/disk/tier.py", "self._idle.wait()"): THE_TIERS_CALL,
+    ("tiers/disk/stripes.py", "one.result()"): THE_TIERS_CALL,
+    ("tiers/disk/stripes.py", "pool.shutdown()"): THE_TIERS_CALL,
     ("tiers/frame_io.py", "checksum.result()"): OUR_OWN_COPY,
     ("tiers/frame_io.py", "one.result()"): OUR_OWN_COPY,
     ("tiers/object_store/tier.py", "self._sweeper.join()"): THE_TIERS_CALL,

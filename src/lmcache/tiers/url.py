@@ -7,6 +7,7 @@ Every option of the query must be taken by the tier, or `finish` raises an error
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -88,6 +89,19 @@ class TierURL:
         if self.host or not self.path.strip("/"):
             raise ConfigError(f"{self.redacted}: write an absolute path with three slashes: {self.scheme}://{example}")
         return Path(os.path.normpath(self.path))
+
+    def folders(self, example: str) -> list[Path]:
+        """Return the paths of a tier that may have several: `disk:///a,/b`. A comma before anything but a slash is a letter.
+
+        Raises:
+            ConfigError: as `folder`, or a path is given twice, or lies in another one.
+        """
+        self.folder(example)
+        found = [Path(os.path.normpath(path)) for path in re.split(r",(?=/)", self.path)]
+        for path, other in itertools.combinations(found, 2):
+            if path.is_relative_to(other) or other.is_relative_to(path):
+                raise ConfigError(f"{self.redacted}: {path} and {other}: each device needs a folder of its own")
+        return found
 
     def take(self, name: str, parse: Callable[[str], T], default: T) -> T:
         """Return the value of an option, or the default.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from obstore.exceptions import BaseError
@@ -27,6 +28,7 @@ def azure_store(place: Place, timeout_seconds: float) -> Any:
         config["account_name"] = place.account
     if place.endpoint:
         config["endpoint"] = place.endpoint
+    place = replace(place, endpoint=config.get("endpoint", ""))
     if not config.get("account_name") and not os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
         raise ConfigError(
             f"az://{place.bucket}: no storage account: add ?account=NAME, or export AZURE_STORAGE_ACCOUNT_NAME"
