@@ -18,6 +18,7 @@ from lmcache.tiers.url import TierURL, parse_url
 ENTRY_POINTS = "lmcache.tiers"
 """Group of the entry points behind which third parties put a class of tiers; the entry's name is the URL's scheme."""
 WRITE_MODES = ("through", "on-evict", "none")
+ADMISSIONS = ("all", "second-touch")
 _OWN = {
     "disk": ("lmcache.tiers.disk.tier", "DiskTier", ""),
     "dir": ("lmcache.tiers.directory.tier", "DirectoryTier", ""),
@@ -33,7 +34,8 @@ _OWN = {
 
 @dataclass(frozen=True)
 class TierSpec:
-    """A tier and how the server uses it. `url` is redacted. write: when shards are stored in it. read: whether lookups ask it."""
+    """A tier and how the server uses it. `url` is redacted. write: when shards are stored in it. read: whether lookups ask it.
+    admit: which shards are stored in it."""
 
     name: str
     url: str
@@ -41,6 +43,7 @@ class TierSpec:
     read: bool
     tier: TierBase
     warning: str = ""
+    admit: str = "all"
 
 
 def schemes() -> list[str]:
@@ -59,6 +62,7 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
     write = url.take("write", word(*WRITE_MODES), "none" if kind.read_only else "through")
     if kind.read_only and write != "none":
         raise ConfigError(f"{url.redacted}: write={write}: {url.scheme}:// only reads; leave `write` out")
+    admit = url.take("admit", word(*ADMISSIONS), "all")
     read = url.take("read", word("yes", "no"), "yes") == "yes"
     name = url.take("name", str, url.scheme)
     tier = kind.from_url(url)
@@ -68,7 +72,7 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
         if url.inline_secret
         else ""
     )
-    return TierSpec(name, url.redacted, write, read, tier, warning)
+    return TierSpec(name, url.redacted, write, read, tier, warning, admit)
 
 
 def make_tiers(texts: list[str], runtime: Runtime = RUNTIME) -> list[TierSpec]:
