@@ -56,7 +56,7 @@ class RedisServer:
     """A `valkey-server` or `redis-server` without persistence. `raw` is a client that knows nothing of ours."""
 
     def __init__(self, binary: str, folder: Path, *options: str, port: int = 0, password: str = "") -> None:
-        self.port, self.password = port or free_port(), password
+        self.port, self.password, self.binary = port or free_port(), password, binary
         self._command = [
             *(binary, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(folder)),
             *("--save", "", "--appendonly", "no"),
@@ -81,6 +81,43 @@ class RedisServer:
     def url(self, options: str = "", port: int = 0) -> str:
         who = f":{self.password}@" if self.password else ""
         return f"redis://{who}127.0.0.1:{port or self.port}/0{options}"
+
+    def end(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        self.raw.connection_pool.disconnect()
+
+
+class Sentinel:
+    """A Sentinel of its own, which watches `primary` under the name `kv` and decides alone."""
+
+    def __init__(self, binary: str, folder: Path, primary: RedisServer, password: str = "") -> None:
+        self.port = free_port()
+        config = folder / "sentinel.conf"
+        lines = [f"bind 127.0.0.1\nport {self.port}\ndir {folder}", f"sentinel monitor kv 127.0.0.1 {primary.port} 1"]
+        lines += ["sentinel down-after-milliseconds kv 60000", "sentinel failover-timeout kv 600000"]
+        lines += [f"sentinel auth-pass kv {primary.password}"] if primary.password else []
+        lines += [f"requirepass {password}"] if password else []
+        config.write_text("\n".join(lines) + "\n")
+        self.child = subprocess.Popen(
+            [binary, str(config), "--sentinel"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.raw = valkey.Valkey(port=self.port, password=password or None, socket_timeout=20)
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(valkey.ConnectionError):
+            return bool(self.raw.ping())
+        return False
+
+    def primary(self) -> int:
+        """The port of the primary that it names."""
+        return int(self.raw.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "kv")[1])
+
+    def replicas(self) -> int:
+        """How many replicas it sees that could become the primary."""
+        seen = self.raw.execute_command("SENTINEL", "REPLICAS", "kv")
+        return sum(b"slave" in each and b"ok" in each for each in seen)
 
     def end(self) -> None:
         self.child.kill()

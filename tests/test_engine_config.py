@@ -10,6 +10,7 @@ import pytest
 from lmcache.cli.main import main
 from lmcache.config.engine import ROWS, EngineConfig, ignored_by_daemons_engines, load_engine
 from lmcache.errors import ConfigError
+from lmcache.tiers.registry import tiers_of
 
 
 @pytest.fixture
@@ -201,3 +202,15 @@ def test_the_page_for_users_has_every_setting_and_the_right_defaults() -> None:
         if row.refusal:
             assert any(f"`{row.name}`" in line and "refused" in line for line in lines), row.name
     assert "| `chunk_size` | 256 |" in page and "| `max_local_cpu_size` | 5.0 |" in page
+
+
+def test_nixls_storage_in_extra_config_is_an_adapter_of_the_server(tmp_path: Path) -> None:
+    file = tmp_path / "lmcache.yaml"
+    file.write_text(
+        f"extra_config: {{enable_nixl_storage: true, nixl_backend: POSIX, nixl_path: {tmp_path}, nixl_pool_size: 4}}\n"
+    )
+    flags = load_engine({"LMCACHE_CONFIG_FILE": str(file)}).config.server_flags
+    (served,) = tiers_of([], [flags[flags.index("--l2-adapter") + 1]])
+    assert served.url == f"disk://{tmp_path}" and "pool_size: no effect" in served.warning
+    file.write_text(f"extra_config: {{enable_nixl_storage: false, nixl_path: {tmp_path}}}\n")
+    assert "--l2-adapter" not in load_engine({"LMCACHE_CONFIG_FILE": str(file)}).config.server_flags

@@ -712,3 +712,17 @@ def test_tiers_are_shown_without_passwords(server: Callable[..., Server], folder
         assert tiers_of(cache)["redis"]["state"] == "serving"
     finally:
         store.end()
+
+
+def test_a_disk_that_admits_at_the_second_touch_gets_what_is_wanted_again(
+    server: Callable[..., Server], engine: Callable[..., Any], tmp_path: Path
+) -> None:
+    cache = server(flags=("--l2", f"disk://{tmp_path}/a,{tmp_path}/b?max_gb=1&admit=second-touch", "--worth", "always"))
+    one, ids, other = engine(cache), TOKENS, [7, *TOKENS[1:]]
+    assert one.store(ids) == one.store(other) == 160
+    assert cache.status()["tiers"][0]["counters"].get("kept_shards", 0) == 0
+    assert one.load(ids) == 160
+    eventually(lambda: cache.status()["tiers"][0]["counters"].get("kept_shards", 0) == 10)
+    cache.clear()
+    assert one.load(ids) == 160 and not one.lookup(other)
+    one.close()

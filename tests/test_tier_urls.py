@@ -12,7 +12,8 @@ import pytest
 from lmcache.config.options import integer
 from lmcache.errors import ConfigError
 from lmcache.tiers import Shard, ShardKey, Tier, Usage
-from lmcache.tiers.registry import make_tier, make_tiers, schemes, url_of_adapter
+from lmcache.tiers.adapters import url_of_adapter
+from lmcache.tiers.registry import make_tier, make_tiers, schemes, tiers_of
 from lmcache.tiers.url import parse_url, read_secret
 
 GIB = 1 << 30
@@ -102,7 +103,7 @@ def test_nobody_sees_a_secret() -> None:
         ("disk:///a?write=never", "write: unknown; known: through, on-evict, none"),
         ("disk:///a?read=perhaps", "read: unknown; known: yes, no"),
         ("disk:///a?max_bg=1", "unknown option 'max_bg'; did you mean max_gb?"),
-        ("tape://reel", "unknown tier 'tape'; known: dir, disk, peer, redis, rediss, s3"),
+        ("tape://reel", "unknown tier 'tape'; known: az, dir, disk, gs, peer, redis, rediss, s3"),
     ],
 )
 def test_what_cannot_be_is_named(text: str, said: str) -> None:
@@ -143,7 +144,7 @@ def test_a_third_partys_tier(installed: None) -> None:
 
 
 def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("lmcache.tiers.s3")]:
+    for name in [name for name in sys.modules if name.startswith("lmcache.tiers.object_store")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ConfigError, match=r"^s3://bucket/x: obstore is not installed; pip install 'lmcache\[s3\]'$"):
@@ -159,10 +160,13 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
         ("redis://h", "redis"),
         ("rediss://h", "redis"),
         ("s3://bucket/x", "s3"),
+        ("az://bucket/x", "azure-and-gcs"),
+        ("gs://bucket/x", "README"),
         ("disk:///a", "README"),
     ],
 )
-def test_the_pages_have_every_option_and_no_other(url: str, page: str) -> None:
+def test_the_pages_have_every_option_and_no_other(url: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     pages = Path(__file__).resolve().parents[1] / "docs" / "tiers"
     told, everywhere = (options_on(pages / f"{name}.md") for name in (page, "README"))
     with pytest.raises(ConfigError) as caught:
@@ -195,7 +199,7 @@ def options_on(page: Path) -> set[str]:
     ],
 )
 def test_the_json_spelling(text: str, url: str) -> None:
-    assert url_of_adapter(text) == url
+    assert url_of_adapter(text).url == url
     parse_url(url, {"PW": "x"})
 
 
@@ -215,6 +219,85 @@ def test_the_json_spelling(text: str, url: str) -> None:
 def test_json_that_cannot_be_understood(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         url_of_adapter(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        (
+            '{"type": "nixl_store", "backend": "POSIX", "backend_params": {"file_path": "/d/kv"}, "pool_size": 64}',
+            "disk:///d/kv",
+        ),
+        (
+            '{"type": "nixl_store_dynamic", "backend": "POSIX", "max_capacity_gb": 9, "persist_enabled": true,'
+            ' "backend_params": {"file_path": "/d", "use_direct_io": "false"}}',
+            "disk:///d?max_gb=9&io=buffered",
+        ),
+        (
+            '{"type": "nixl_native", "backend": "OBJ", "num_workers": 4, "backend_params":'
+            ' {"bucket": "kvs", "endpoint_override": "h:9000", "scheme": "http", "region": "r"}}',
+            "s3://kvs/?endpoint=http%3A%2F%2Fh%3A9000&region=r",
+        ),
+        (
+            '{"type": "nixl_store", "backend": "AZURE_BLOB", "backend_params":'
+            ' {"container_name": "kvs", "account_url": "https://acc.blob.core.windows.net"}}',
+            "az://kvs/?account=acc&endpoint=https%3A%2F%2Facc.blob.core.windows.net",
+        ),
+    ],
+)
+def test_nixls_stores_are_served_by_ours_and_a_line_says_so(text: str, url: str) -> None:
+    found = url_of_adapter(text)
+    assert found.url == url
+    (line,) = found.said
+    assert f"is served by {url.partition('?')[0]}, which" in line and "finds damaged data" in line
+    assert ("no effect" in line) == any(name in text for name in ("pool_size", "persist_enabled", "num_workers"))
+
+
+def test_the_line_of_a_translated_adapter_is_the_servers_warning(tmp_path: Path) -> None:
+    text = f'{{"type": "nixl_store", "backend_params": {{"file_path": "{tmp_path}"}}}}'
+    plain, served = tiers_of([f"dir://{tmp_path}"], [text])
+    assert not plain.warning and "nixl_store with POSIX is served by disk://" in served.warning
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            '{"type": "nixl_store", "backend": "GDS"}',
+            "GDS is not supported: there is no GPU Direct Storage: write --l2 disk",
+        ),
+        ('{"type": "nixl_native", "backend": "HF3FS"}', "mount 3FS and write --l2 dir:///MOUNT"),
+        ('{"type": "nixl_store", "backend": "TAPE"}', "known: POSIX, OBJ, AZURE_BLOB"),
+        ('{"type": "nixl_store"}', "an/absolute/path"),
+        ('{"type": "nixl_store", "backend_params": 3}', "backend_params must be a mapping"),
+        ('{"type": "nixl_store", "backend_params": {"file_path": "/d", "x": 1}}', r"does not support 'x' with POSIX"),
+        (
+            '{"type": "nixl_store", "backend": "OBJ", "backend_params": {"bucket": "b", "secret_key": "s"}}',
+            "export AWS_ACCESS",
+        ),
+        ('{"type": "raw_block", "device": "/dev/x"}', "make a file system on the device"),
+        ('{"type": "dax"}', "--arena-dir MOUNT"),
+        ('{"type": "plugin"}', "docs/tiers/plugins.md"),
+        ('{"type": "aerospike"}', "write --l2 redis://"),
+    ],
+)
+def test_stores_that_there_are_not_are_refused_with_what_to_write(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        url_of_adapter(text)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("valkey://h:1", "valkey:// is not supported: write redis://"),
+        ("fs:///d", "write dir:///PATH"),
+        ("lm://h:1", "name it with --peers"),
+        ("external://h", "plugins.md"),
+    ],
+)
+def test_schemes_of_the_public_project_are_answered(url: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_tier(url)
 
 
 def test_secrets_in_files(tmp_path: Path) -> None:
@@ -267,6 +350,6 @@ def test_a_codec_that_is_unknown_or_of_no_use_is_an_error(installed: None) -> No
 
 @pytest.mark.parametrize("serde", ['"cachegen"', '{"type": "cachegen", "bits": 4}'])
 def test_a_serde_of_an_adapter_is_a_codec(serde: str) -> None:
-    assert url_of_adapter(f'{{"type": "fs", "base_path": "/d", "serde": {serde}}}') == "disk:///d?codec=cachegen"
+    assert url_of_adapter(f'{{"type": "fs", "base_path": "/d", "serde": {serde}}}').url == "disk:///d?codec=cachegen"
     with pytest.raises(ConfigError, match="serde 'zip'"):
         url_of_adapter('{"type": "fs", "base_path": "/d", "serde": "zip"}')

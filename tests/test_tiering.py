@@ -22,6 +22,7 @@ import pytest
 from lmcache.cache import L1, SERVER, TIER_KINDS, Event
 from lmcache.cache.fetch import ENDED_SECONDS
 from lmcache.cache.promises import Asker
+from lmcache.cache.touches import Touches
 from lmcache.chunks import Split
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena
@@ -243,8 +244,8 @@ def chain(seed: int, chunks: int) -> bytes:
     return random.Random(seed).randbytes(16 * chunks)
 
 
-def spec(tier: TierBase, name: str = "hand", write: str = "through", read: bool = True) -> TierSpec:
-    return TierSpec(name, f"{name}://", write, read, tier)
+def spec(tier: TierBase, name: str = "hand", write: str = "through", read: bool = True, admit: str = "all") -> TierSpec:
+    return TierSpec(name, f"{name}://", write, read, tier, admit=admit)
 
 
 @pytest.fixture(autouse=True)
@@ -719,6 +720,57 @@ def test_read_and_write_of_a_tier_can_be_switched_off(rig: Callable[..., Rig]) -
     assert one.fetch(prompt) == 0
     only_read.kept = dict(only_write.kept)
     assert one.fetch(prompt + chain(5, 1)) == 3
+
+
+def test_a_choosy_tier_gets_what_is_wanted_a_second_time(rig: Callable[..., Rig]) -> None:
+    """At the second store, after L1 has evicted it, or when L1 answers with it; each chunk once; beginnings before ends."""
+    tier, every = HandTier(), HandTier()
+    one = rig(spec(every, "every"), spec(tier, admit="second-touch", read=False))
+    first, second = chain(1, 6), chain(2, 4)
+    for prompt in (first, second):
+        one.store(prompt)
+    one.written()
+    assert len(every.kept) == 10 and not tier.kept
+    writes = one.tiering.writes
+    one.ask(lambda: writes.used([one.space], first, 3))
+    one.written()
+    assert {key.chunk for key in tier.kept} == set(keys_of(first)[:3])
+    asked = tier.calls.count("store")
+    one.ask(lambda: writes.used([one.space], first, 3))
+    one.written()
+    assert tier.calls.count("store") == asked, "it has them"
+    one.ask(lambda: writes.used([one.space], first, 6))
+    one.written()
+    assert {key.chunk for key in tier.kept} == set(keys_of(first))
+    one.forget_l1()
+    every.kept.clear()
+    one.store(second)
+    one.written()
+    assert {key.chunk for key in tier.kept} == set(keys_of(first + second))
+
+
+def test_what_a_slower_tier_had_is_wanted_a_second_time(rig: Callable[..., Rig]) -> None:
+    near, far = HandTier(), HandTier(True)
+    one, prompt = rig(spec(near, "near", admit="second-touch"), spec(far, "far")), chain(1, 5)
+    one.store(prompt)
+    one.written()
+    assert not near.kept and len(far.kept) == 5
+    one.tiering.writes.choosy[0] = one.tiering.writes.choosy[0][0], Touches()  # as after a restart
+    one.forget_l1()
+    assert one.fetch(prompt) == 5
+    one.written()
+    assert len(near.kept) == 5
+
+
+def test_the_memory_of_touches_is_bounded() -> None:
+    touches = Touches(100)
+    names = [number.to_bytes(16, "big") for number in range(1000)]
+    assert not any(touches.touch(1, name) for name in names)
+    assert len(touches._young) + len(touches._old) <= 100
+    assert [touches.touch(1, name) for name in (names[0], names[-1])] == [False, True]
+    assert (
+        touches.is_wanted(1, names[-1]) and not touches.is_wanted(2, names[-1]) and not touches.is_wanted(1, names[-2])
+    )
 
 
 def test_on_evict_writes_when_l1_runs_full_and_before_the_end(rig: Callable[..., Rig]) -> None:

@@ -245,7 +245,7 @@ def test_a_repair_that_is_cut_off_is_gone_on_with_by_another(
     through = proxy(empty.port)
     first = opened(empty, "&max_gb=1", through.port)
     lose(empty)
-    through.questions.after(100_000, through.cut)
+    through.questions.after(4_000, through.cut)
     with pytest.raises(TierError) as caught:
         first.store(shards_of(1, 10))
     assert caught.value.reason == "unreachable"
@@ -274,7 +274,7 @@ def test_a_clear_that_is_cut_off_is_gone_on_with_and_stores_wait_for_it(
     shards = filled(empty, 6000)
     through = proxy(empty.port)
     first, second = opened(empty, port=through.port), opened(empty)
-    through.questions.after(100_000, through.cut)
+    through.questions.after(1_500, through.cut)
     with pytest.raises(TierError):
         first.clear()
     assert {OK} < set(load(second, shards[::15])) <= {OK, ABSENT}

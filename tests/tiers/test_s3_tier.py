@@ -22,10 +22,11 @@ import pytest
 from lmcache.errors import ConfigError
 from lmcache.testing.conformance import ConformanceSuite, EncodedSuite
 from lmcache.tiers import ABSENT, KEPT, OK, ShardKey, Tier, TierError, frame
+from lmcache.tiers.object_store.accounting import Accounting, pack_uses, unpack_uses
+from lmcache.tiers.object_store.client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed
+from lmcache.tiers.object_store.s3 import S3Tier
+from lmcache.tiers.object_store.tier import RANGE_BYTES
 from lmcache.tiers.registry import make_tier
-from lmcache.tiers.s3.accounting import Accounting, pack_uses, unpack_uses
-from lmcache.tiers.s3.client import MULTIPART_BYTES, MULTIPART_FROM_BYTES, Client, Listed, Place
-from lmcache.tiers.s3.tier import RANGE_BYTES, S3Tier
 from proxy import Proxy
 from servers import PATIENCE, beside, eventually
 from stores import ACCESS, READER, READER_SECRET, SECRET, Seaweed, load, shards_of, tier_of
@@ -399,7 +400,7 @@ def test_a_shard_in_the_books_takes_at_most_200_bytes() -> None:
 
 def test_without_a_cap_a_shard_that_is_used_takes_no_more() -> None:
     """Nothing is swept then, so its use would never be forgotten."""
-    count, tier = 20_000, S3Tier(Client(Place("bucket", endpoint="http://127.0.0.1:1"), 1.0))
+    count, tier = 20_000, make_tier("s3://bucket?endpoint=http://127.0.0.1:1").tier
     keys = [ShardKey.unpack(os.urandom(36)) for _ in range(count)]
     tracemalloc.start()
     try:
@@ -481,13 +482,43 @@ def test_credentials_come_from_a_profile(seaweed: Seaweed, monkeypatch: pytest.M
     tier.close()
 
 
+def test_a_profile_that_is_missing_or_has_no_keys_is_named_with_what_to_type(
+    seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_PROFILE", "prod")
+    with pytest.raises(
+        ConfigError, match=r"AWS_PROFILE=prod: there is no such profile in .*/credentials and .*/config$"
+    ):
+        make_tier(seaweed.url("profile"))
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/credentials").write_text("[default]\naws_access_key_id = x\n")
+    (tmp_path / ".aws/config").write_text("[profile dev]\nsso_session = work\n")
+    with pytest.raises(ConfigError, match=r"AWS_PROFILE=prod: .*; they have default, dev"):
+        make_tier(seaweed.url("profile"))
+    monkeypatch.setattr(InstanceRole, "has_role", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), InstanceRole) as metadata:
+        threading.Thread(target=metadata.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{metadata.server_port}")
+        for profile, remedy in (
+            ("dev", "dev has sso_session, which is not followed here: type `eval .*export-credentials --profile dev "),
+            ("default", "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"),
+        ):
+            monkeypatch.setenv("AWS_PROFILE", profile)
+            with pytest.raises(TierError, match=remedy) as caught:
+                tier_of(seaweed.url("profile"))
+            assert caught.value.reason == "denied"
+        metadata.shutdown()
+
+
 def test_temporary_keys_of_a_profile_are_read_again(
     seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A tool of the user's writes new ones into the file before the former ones expire."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    monkeypatch.setattr("lmcache.tiers.s3.client.REREAD_SECONDS", 0.0)
+    monkeypatch.setattr("lmcache.tiers.object_store.s3.REREAD_SECONDS", 0.0)
     (tmp_path / ".aws").mkdir()
 
     def give(secret: str, token: str) -> None:

@@ -65,7 +65,7 @@ EARLIER_FLAGS: tuple[EarlierFlag, ...] = (
     *_no_effect("--l1-write-ttl-seconds --l1-read-ttl-seconds", "use --lease-seconds, which holds for both"),
     *_no_effect("--l1-use-lazy --no-l1-use-lazy --l1-init-size-gb", "memory is always allocated in the background, step by step"),
     *_no_effect("--l1-align-bytes", "KV begins at a multiple of 4,096 bytes"),
-    *_refused("--l1-devdax-path", "use --arena-dir with a memory file system, or --l2 disk:///PATH?max_gb=N"),
+    *_refused("--l1-devdax-path", "mount the device as a file system and use --arena-dir MOUNT, or --l2 disk:///MOUNT?max_gb=N"),
     *_refused("--gds-l1-path", "use --l2 disk:///PATH?max_gb=N, which is read through L1"),
     *_no_effect(
         "--gds-l1-use-direct-io --no-gds-l1-use-direct-io --gds-l1-backend", "there is no GPU Direct Storage: use --l2 disk:///PATH"

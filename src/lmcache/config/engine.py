@@ -128,7 +128,11 @@ class EngineConfig:
     use_layerwise: bool = _row(
         read.switch, True, "vLLM, SGLang: forwards wait for loads layer by layer; other engines wait for complete loads"
     )
-    extra_config: dict[str, Any] | None = _row(_mapping, None, "no effect: nothing in it is read")
+    extra_config: dict[str, Any] | None = _row(
+        _mapping,
+        None,
+        "of it only NIXL's storage is read (enable_nixl_storage, nixl_backend, nixl_path): disk, s3 and az tiers serve it",
+    )
     internal_api_server_enabled: bool = _row(
         read.switch, False, "true: health, status and metrics over HTTP, one port for the engine, not one a worker"
     )
@@ -144,7 +148,21 @@ class EngineConfig:
             flags += ["--http-port", str(self.internal_api_server_port_start)]
         for url in self.tiers:
             flags += ["--l2", url]
+        if adapter := self.nixl_adapter:
+            flags += ["--l2-adapter", adapter]
         return tuple(flags)
+
+    @property
+    def nixl_adapter(self) -> str:
+        """The store that `extra_config` of NIXL's own names, as a value of `--l2-adapter`; "" without one."""
+        extra = self.extra_config or {}
+        if str(extra.get("enable_nixl_storage", "false")).lower() not in ("true", "1"):
+            return ""
+        params = dict(extra.get("nixl_backend_params") or {})
+        if extra.get("nixl_path"):
+            params["file_path"] = extra["nixl_path"]
+        adapter = {"type": "nixl_store", "backend": extra.get("nixl_backend", "POSIX"), "backend_params": params}
+        return json.dumps(adapter | ({"pool_size": extra["nixl_pool_size"]} if "nixl_pool_size" in extra else {}))
 
     @property
     def tiers(self) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ class ServerConfig:
         *("JSON", read.lines, ()),
         default_text="none",
         repeat=True,
-        help="""A tier as JSON: '{"type": "fs", "base_path": "/data"}'. Types: fs, resp (Redis), s3.""",
+        help="""A tier as JSON: '{"type": "fs", "base_path": "/data"}'. docs/tiers/README.md lists the types.""",
     )
     l2_required: bool = _tiers(
         *("", read.switch, False),

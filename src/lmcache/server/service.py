@@ -227,7 +227,7 @@ class Service:
                 asker = Asker(peer.process, name, request.engine)
                 stored = hashes if request.stores < 0 else hashes[: 16 * request.stores]
                 self.tiering.answered(asker, spaces, stored, hit.chunks, request.prefill_rate)
-            if self.tiering.writes.nearly_full:
+            if self.tiering.writes.nearly_full or self.tiering.writes.choosy:
                 self.tiering.writes.used(spaces, hashes, hit.chunks)
         return _found(hit)
 

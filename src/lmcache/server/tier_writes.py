@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import takewhile
+from itertools import compress, takewhile
 
 from lmcache.cache import L1, SERVER, Event
+from lmcache.cache.allocator import Space
 from lmcache.cache.events import By, Events
 from lmcache.cache.fetch import Fetches
+from lmcache.cache.touches import Touches
 from lmcache.cache.writeback import Batch
 from lmcache.chunks import HASH_BYTES, split_hashes
 from lmcache.server.loop import Loop
@@ -44,6 +46,8 @@ class Writes:
 
     def __init__(self, loop: Loop, l1: L1, runners: Sequence[TierRunner], fetches: Fetches, report: TierReport) -> None:
         self._loop, self._l1, self._runners, self._fetches, self._report = loop, l1, runners, fetches, report
+        self.choosy = [(one, Touches()) for one in runners if one.spec.write != "none" and one.spec.admit != "all"]
+        """Tiers that get what is wanted a second time only, and what they have been offered."""
         self.nearly_full: list[TierRunner] = []
         """Tiers that evict soon, by the time of last use."""
         self._used, self._used_until = set[tuple[int, bytes]](), 0.0
@@ -63,10 +67,15 @@ class Writes:
         space = self._l1.space(event.space)
         if space is None:
             return
-        chunk_bytes = sum(space.shard_bytes)
+        chunk_bytes, choosy = sum(space.shard_bytes), dict(self.choosy)
         for runner in takewhile(lambda one: one.name != event.tier, self._runners):
-            if runner.spec.write != "none":
-                runner.queue.add(event.space, event.hashes, event.parents, chunk_bytes, space.shards)
+            hashes, parents = event.hashes, event.parents
+            if runner in choosy:
+                touches = choosy[runner]
+                again = [touches.touch(event.space, one) or bool(event.tier) for one in split_hashes(hashes)]
+                hashes, parents = (b"".join(compress(split_hashes(some), again)) for some in (hashes, parents))
+            if runner.spec.write != "none" and hashes:
+                runner.queue.add(event.space, hashes, parents, chunk_bytes, space.shards)
         self._loop.call_soon(self._pump)  # later, since a listener must not call L1
 
     def used(self, spaces: Sequence[int], hashes: bytes, chunks: int) -> None:
@@ -76,7 +85,14 @@ class Writes:
             return
         for space in filter(None, map(self._l1.space, spaces)):
             end, first = chunks, max(0, chunks - space.reach_chunks) if space.reach_chunks else 0
-            while end > first and len(self._used) < _MOST_USED and (space.number, _hash(hashes, end)) not in self._used:
+            for runner, touches in self.choosy:
+                self._touch(runner, touches, space, hashes, range(first, chunks))
+            while (
+                self.nearly_full
+                and end > first
+                and len(self._used) < _MOST_USED
+                and (space.number, _hash(hashes, end)) not in self._used
+            ):
                 self._used.add((space.number, _hash(hashes, end)))
                 end -= 1
             # Not what a sister has; and the beginning is stored last, so that it is evicted last.
@@ -85,6 +101,22 @@ class Writes:
             for runner in self.nearly_full if own else ():
                 runner.queue.add_again(space.number, names, parents, sum(space.shard_bytes), space.shards)
                 self._loop.call_soon(self._pump)
+
+    def _touch(self, runner: TierRunner, touches: Touches, space: Space, hashes: bytes, found: range) -> None:
+        """Give a choosy tier those of the chunks found that are wanted a second time now. `found`: the number of chunks before
+        each. What is before a chunk has been touched as often, so the work ends at one that the tier was given."""
+        begin = found.stop
+        while begin > found.start and not touches.is_wanted(space.number, _hash(hashes, begin)):
+            begin -= 1
+        own = [
+            at
+            for at in range(begin + 1, found.stop + 1)
+            if space.table.match(_hash(hashes, at)) and touches.touch(space.number, _hash(hashes, at))
+        ]
+        if own:
+            names, parents = (b"".join(_hash(hashes, at - back) for at in own) for back in (0, 1))
+            runner.queue.add(space.number, names, parents, sum(space.shard_bytes), space.shards)
+            self._loop.call_soon(self._pump)
 
     def _look_for_full_tiers(self, now: float) -> None:
         """Find the tiers that evict soon, and begin anew to tell them what is used once they have stored much that is newer."""

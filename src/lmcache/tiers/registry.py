@@ -1,17 +1,16 @@
-"""The known tiers, and how a tier is made from the URL or JSON that a user wrote."""
+"""The known tiers, and how a tier is made from the URL that a user wrote."""
 
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
-from urllib.parse import quote, urlencode
 
 from lmcache.config.options import word
 from lmcache.errors import ConfigError
 from lmcache.runtime import RUNTIME, Runtime
+from lmcache.tiers.adapters import instead_of_scheme, url_of_adapter
 from lmcache.tiers.coder import LOSSY, NAIVE, OPTIONS
 from lmcache.tiers.operation import AsyncTier
 from lmcache.tiers.tier import Tier, TierBase
@@ -20,12 +19,15 @@ from lmcache.tiers.url import TierURL, parse_url
 ENTRY_POINTS = "lmcache.tiers"
 """Group of the entry points behind which third parties put a class of tiers; the entry's name is the URL's scheme."""
 WRITE_MODES = ("through", "on-evict", "none")
+ADMISSIONS = ("all", "second-touch")
 _OWN = {
     "disk": ("lmcache.tiers.disk.tier", "DiskTier", ""),
     "dir": ("lmcache.tiers.directory.tier", "DirectoryTier", ""),
     "redis": ("lmcache.tiers.redis.tier", "RedisTier", "redis"),
     "rediss": ("lmcache.tiers.redis.tier", "RedisTier", "redis"),
-    "s3": ("lmcache.tiers.s3.tier", "S3Tier", "s3"),
+    "s3": ("lmcache.tiers.object_store.s3", "S3Tier", "s3"),
+    "az": ("lmcache.tiers.object_store.azure", "AzureTier", "azure"),
+    "gs": ("lmcache.tiers.object_store.gcs", "GCSTier", "gcs"),
     "peer": ("lmcache.peers.tier", "PeersTier", ""),
 }
 """Maps each scheme to its module, its class, and the extra of the package that it needs."""
@@ -33,7 +35,8 @@ _OWN = {
 
 @dataclass(frozen=True)
 class TierSpec:
-    """A tier and how the server uses it. `url` is redacted. write: when shards are stored in it. read: whether lookups ask it."""
+    """A tier and how the server uses it. `url` is redacted. write: when shards are stored in it. read: whether lookups ask it.
+    admit: which shards are stored in it."""
 
     name: str
     url: str
@@ -41,6 +44,7 @@ class TierSpec:
     read: bool
     tier: TierBase
     warning: str = ""
+    admit: str = "all"
 
 
 def schemes() -> list[str]:
@@ -59,6 +63,7 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
     write = url.take("write", word(*WRITE_MODES), "none" if kind.read_only else "through")
     if kind.read_only and write != "none":
         raise ConfigError(f"{url.redacted}: write={write}: {url.scheme}:// only reads; leave `write` out")
+    admit = url.take("admit", word(*ADMISSIONS), "all")
     read = url.take("read", word("yes", "no"), "yes") == "yes"
     name = url.take("name", str, url.scheme)
     codec = "none"
@@ -74,7 +79,8 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
         )
     if codec in LOSSY:
         warnings.append(f"codec={codec} changes KV, which no codec here does: pack12 is used, which is lossless")
-    return TierSpec(name, url.redacted, write, read, tier, f"{url.redacted}: {'; '.join(warnings)}" if warnings else "")
+    warning = f"{url.redacted}: {'; '.join(warnings)}" if warnings else ""
+    return TierSpec(name, url.redacted, write, read, tier, warning, admit)
 
 
 def make_tiers(texts: list[str], runtime: Runtime = RUNTIME) -> list[TierSpec]:
@@ -102,76 +108,13 @@ def tiers_of(l2: Iterable[str], l2_adapter: Iterable[str], runtime: Runtime = RU
     Raises:
         ConfigError: as `make_tiers` and `url_of_adapter`.
     """
-    return make_tiers([*l2, *map(url_of_adapter, l2_adapter)], runtime)
-
-
-def url_of_adapter(text: str) -> str:
-    """Translate the JSON form `{"type": "fs", "base_path": "/data", ...}` to a URL.
-
-    Raises:
-        ConfigError: the JSON is invalid, or a type or key has no counterpart; the message says what to write.
-    """
-    try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--l2-adapter: not JSON ({error}); write --l2 disk:///path?max_gb=200 instead") from None
-    if not isinstance(given, dict) or not isinstance(given.get("type"), str):
-        raise ConfigError('--l2-adapter: write {"type": "fs", "base_path": "/path"}, or --l2 disk:///path?max_gb=200')
-    kind = given.pop("type")
-    if kind not in _ADAPTERS:
-        raise ConfigError(f"--l2-adapter: type {kind!r} is not supported; known: {', '.join(_ADAPTERS)}")
-    serde = given.pop("serde", None)
-    values = {key: str(value) for key, value in given.items()}
-    url = _ADAPTERS[kind](values)
-    if values:
-        raise ConfigError(
-            f"--l2-adapter: {kind} does not support {sorted(values)[0]!r}; write it as --l2 {url.partition('?')[0]}?..."
-        )
-    name = serde.get("type") if isinstance(serde, dict) else serde
-    if name in (None, ""):
-        return url
-    if name not in (NAIVE, *LOSSY):
-        raise ConfigError(
-            f"--l2-adapter: serde {name!r} is not supported; write {NAIVE}, or leave it out for a lossless codec where it pays"
-        )
-    return f"{url}{'&' if '?' in url else '?'}codec={name}"
-
-
-def _fs(values: dict[str, str]) -> str:
-    return _with_options(f"disk://{quote(_needed(values, 'fs', 'base_path'))}", values, {"max_capacity_gb": "max_gb"})
-
-
-def _redis(values: dict[str, str]) -> str:
-    host, port = _needed(values, "redis", "host"), values.pop("port", "6379")
-    user, password = quote(values.pop("username", ""), safe=""), quote(values.pop("password", ""), safe="${}")
-    who = f"{user}:{password}@" if user or password else ""
-    return _with_options(f"redis://{who}{host}:{port}/0", values, {"max_capacity_gb": "max_gb"})
-
-
-def _s3(values: dict[str, str]) -> str:
-    bucket = _needed(values, "s3", "bucket")
-    named = {"endpoint": "endpoint", "region": "region", "max_capacity_gb": "max_gb"}
-    return _with_options(f"s3://{bucket}/{values.pop('prefix', '')}", values, named)
-
-
-_ADAPTERS: dict[str, Callable[[dict[str, str]], str]] = {
-    "fs": _fs,
-    "fs_native": _fs,
-    "resp": _redis,
-    "redis": _redis,
-    "s3": _s3,
-}
-
-
-def _needed(values: dict[str, str], kind: str, name: str) -> str:
-    if not values.get(name):
-        raise ConfigError(f"--l2-adapter: {kind} needs {name!r}")
-    return values.pop(name)
-
-
-def _with_options(url: str, values: dict[str, str], named: dict[str, str]) -> str:
-    options = {ours: values.pop(theirs) for theirs, ours in named.items() if theirs in values}
-    return url + (f"?{urlencode(options)}" if options else "")
+    translated = [url_of_adapter(text) for text in l2_adapter]
+    specs = make_tiers([*l2, *(one.url for one in translated)], runtime)
+    said = dict(zip(range(len(specs) - len(translated), len(specs)), translated, strict=True))
+    return [
+        replace(spec, warning="; ".join(filter(None, [spec.warning, *said[place].said]))) if place in said else spec
+        for place, spec in enumerate(specs)
+    ]
 
 
 def _class_of(url: TierURL) -> type[TierBase]:
@@ -181,7 +124,7 @@ def _class_of(url: TierURL) -> type[TierBase]:
             found: type[TierBase] = getattr(importlib.import_module(module), name)
         except ImportError as error:
             raise ConfigError(
-                f"{url.redacted}: {error.name} is not installed; pip install 'lmcache[{extra}]'"
+                f"{url.redacted}: {str(error.name).partition('.')[0]} is not installed; pip install 'lmcache[{extra}]'"
             ) from error
         return found
     for entry in entry_points(group=ENTRY_POINTS, name=url.scheme):
@@ -198,4 +141,7 @@ def _class_of(url: TierURL) -> type[TierBase]:
                 f"{url.redacted}: {entry.value} must have scheme = {url.scheme!r}, the name of its entry point"
             )
         return loaded
+    remedy = instead_of_scheme(url.scheme)
+    if remedy:
+        raise ConfigError(f"{url.redacted}: {url.scheme}:// is not supported: {remedy}")
     raise ConfigError(f"{url.redacted}: unknown tier {url.scheme!r}; known: {', '.join(schemes())}")

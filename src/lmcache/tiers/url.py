@@ -7,6 +7,7 @@ Every option of the query must be taken by the tier, or `finish` raises an error
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -27,8 +28,10 @@ _PUBLIC = frozenset(
         "max_gb",
         "read",
         "write",
+        "admit",
         "name",
         "region",
+        "account",
         "endpoint",
         "timeout",
         "connections",
@@ -37,11 +40,15 @@ _PUBLIC = frozenset(
         "io",
         "codec",
         "cluster",
+        "sentinel",
         "sweep",
         "also",
     ]
 )
 """Options whose values may be shown; those of `*_file` are paths. Values of all other options are shown as `***`."""
+_SENTINELS = re.compile(
+    r"redis(?P<tls>s?)-sentinel://(?P<who>[^@/?]*@)?(?P<hosts>[^/?]*)(?P<path>/[^?]*)?(\?(?P<query>.*))?"
+)
 T = TypeVar("T")
 
 
@@ -86,6 +93,19 @@ class TierURL:
             raise ConfigError(f"{self.redacted}: write an absolute path with three slashes: {self.scheme}://{example}")
         return Path(os.path.normpath(self.path))
 
+    def folders(self, example: str) -> list[Path]:
+        """Return the paths of a tier that may have several: `disk:///a,/b`. A comma before anything but a slash is a letter.
+
+        Raises:
+            ConfigError: as `folder`, or a path is given twice, or lies in another one.
+        """
+        self.folder(example)
+        found = [Path(os.path.normpath(path)) for path in re.split(r",(?=/)", self.path)]
+        for path, other in itertools.combinations(found, 2):
+            if path.is_relative_to(other) or other.is_relative_to(path):
+                raise ConfigError(f"{self.redacted}: {path} and {other}: each device needs a folder of its own")
+        return found
+
     def take(self, name: str, parse: Callable[[str], T], default: T) -> T:
         """Return the value of an option, or the default.
 
@@ -116,8 +136,12 @@ class TierURL:
 
     def take_password(self) -> str:
         """Return the URL's password, or the content of `password_file`."""
-        path = self.take("password_file", str, "")
-        return read_secret(path, self.redacted).decode() if path else self.password
+        return self.take_secret("password_file") or self.password
+
+    def take_secret(self, name: str) -> str:
+        """Return the content of the file that this option names, "" without the option."""
+        path = self.take(name, str, "")
+        return read_secret(path, self.redacted).decode() if path else ""
 
     def finish(self) -> None:
         """Check that all options were taken. Raises ConfigError for one that was not."""
@@ -130,6 +154,7 @@ class TierURL:
 
 def parse_url(text: str, environ: Mapping[str, str] = os.environ, runtime: Runtime = RUNTIME) -> TierURL:
     """Parse the URL of a tier. Raises ConfigError for invalid text or an unset `${NAME}`. The message shows no secret."""
+    text = _one_host(text)
     scheme = text.partition("://")[0]
     if "://" not in text or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         raise ConfigError(
@@ -162,6 +187,21 @@ def parse_url(text: str, environ: Mapping[str, str] = os.environ, runtime: Runti
         inline_secret=bool(raw_password) and not _REFERENCE.fullmatch(raw_password),
         runtime=runtime,
     )
+
+
+def _one_host(text: str) -> str:
+    """Return `redis-sentinel://a:1,b:2/NAME/0?...` as `redis://a:1/0?sentinel=NAME&also=b:2&...`, others as they are."""
+    found = _SENTINELS.fullmatch(text)
+    if not found:
+        return text
+    first, _, others = found["hosts"].partition(",")
+    name, _, database = (found["path"] or "").strip("/").partition("/")
+    if not name:
+        raise ConfigError(
+            "redis-sentinel://...: write redis-sentinel://host:26379,host2:26379/NAME/0, with the primary's name"
+        )
+    options = [f"sentinel={name}", *([f"also={others}"] if others else []), *filter(None, [found["query"]])]
+    return f"redis{found['tls']}://{found['who'] or ''}{first}/{database or 0}?{'&'.join(options)}"
 
 
 def read_secret(path: str, said: str, binary_bytes: int = 0) -> bytes:

@@ -26,6 +26,7 @@ from lmcache.tiers.disk.folder import can_be_direct, part_of_free, take_folder
 from lmcache.tiers.disk.journal import PUT, REMOVE, STEP_BYTES, USE, Journal, places
 from lmcache.tiers.disk.segments import Segment, Segments, cost_of, frame_bytes, is_large, offset_of
 from lmcache.tiers.disk.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex, tag_of
+from lmcache.tiers.disk.stripes import StripedTier
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, named_errors, tier_error
 from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
 from lmcache.tiers.threads import started_pool
@@ -90,14 +91,13 @@ class DiskTier(Tier):
         self._full_until = 0.0
 
     @classmethod
-    def from_url(cls, url: TierURL) -> DiskTier:
-        return cls(
-            url.folder("/var/lib/lmcache"),
-            url.take_max_bytes(),
-            url.take("io", word("auto", "direct", "buffered"), "auto"),
-            url.take_frame_key(),
-            runtime=url.runtime,
-        )
+    def from_url(cls, url: TierURL) -> Tier:
+        folders = url.folders("/var/lib/lmcache")
+        most, io = url.take_max_bytes(), url.take("io", word("auto", "direct", "buffered"), "auto")
+        secret = url.take_frame_key()
+        share = most // len(folders) if most else None
+        parts = [(path, cls(path, share, io, secret, runtime=url.runtime)) for path in folders]
+        return StripedTier(parts, url.runtime) if len(parts) > 1 else parts[0][1]
 
     # ---- the protocol
 

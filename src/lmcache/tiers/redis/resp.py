@@ -6,7 +6,6 @@ redis-py is not used: it joins a value from small pieces, and the caller copies 
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 import select
 import socket
@@ -19,6 +18,7 @@ from typing import TypeAlias
 
 from lmcache.config.hosts import connect, seconds_left
 from lmcache.observability.log import printable
+from lmcache.tiers.redis.remedies import remedy_of
 from lmcache.tiers.tier import TierError
 
 PIECE_BYTES = 512 << 10
@@ -27,7 +27,6 @@ _BUFFER_BYTES = 16 << 10
 """Buffer for short replies. It is small, because the part of a large value that arrives in it is copied once more."""
 _MOST_BYTES, _MOST_ITEMS, _MOST_DEPTH = 1 << 20, 1 << 20, 4
 """Bounds of a reply that is not received into the caller's memory."""
-_SLOTS = 16384
 _KNOCK_SECONDS = 1.0
 """Time beyond the deadline, only for a server that has never answered, to find out whether it speaks TLS."""
 
@@ -56,6 +55,10 @@ class Moved(TierError):
     """The key is on another node of the cluster, so the map of nodes is out of date."""
 
 
+class ScriptLost(TierError):
+    """The server does not have the script that a connection has sent it before. New connections send it again."""
+
+
 @dataclass(frozen=True)
 class Login:
     """Credentials and database. An empty username means the password alone; an empty password means neither."""
@@ -74,6 +77,9 @@ class Connection:
 
     def __init__(self, host: str, port: int, login: Login, deadline: float) -> None:
         self.name, self.deadline = f"{host}:{port}", deadline
+        self._username = login.username
+        self._known_scripts: set[bytes] = set()
+        """The digests of the scripts that this connection has sent."""
         self._out = bytearray()
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view, self._from, self._to = memoryview(self._buffer), 0, 0
@@ -120,6 +126,14 @@ class Connection:
         for word in words:
             said = word if isinstance(word, bytes) else str(word).encode()
             self._out += b"$%d\r\n%b\r\n" % (len(said), said)
+
+    def queue_script(self, text: bytes, digest: bytes, key: bytes, *arguments: bytes | str | int) -> None:
+        """Queue a call of a script with one key: its text the first time, which the server keeps, and then its SHA-1 digest."""
+        if digest in self._known_scripts:
+            self.queue(b"EVALSHA", digest, 1, key, *arguments)
+        else:
+            self.queue(b"EVAL", text, 1, key, *arguments)
+            self._known_scripts.add(digest)
 
     def send_value(self, key: bytes, value: memoryview, seen: Seen, *options: bytes) -> None:
         """Send `SET key value options` now, without copying the value anywhere but into the socket."""
@@ -268,29 +282,12 @@ class Connection:
         """Close the connection and return an error reply as a TierError."""
         self.close()
         if error.code == "MOVED":
-            return Moved("moved", f"Redis at {self.name} is a node of a cluster: add ?cluster=yes")
-        reason, remedy = _REMEDIES.get(error.code, ("refused", ""))
-        if "AUTH" in error.text and reason == "refused":
-            reason, remedy = _REMEDIES["WRONGPASS"]
+            return Moved("moved", f"Redis at {self.name} is a node of a cluster and lacks a key: add ?cluster=yes")
+        if error.code == "NOSCRIPT":
+            return ScriptLost("not ready", f"Redis at {self.name} has forgotten a script; it is sent again")
+        reason, remedy = remedy_of(error.code, error.text, self._username)
         text = f"{error.text.rstrip('.')}; {remedy}" if remedy else error.text
         return TierError(reason, f"Redis at {self.name}: {text}")
-
-
-_REMEDIES = {
-    "NOAUTH": ("denied", "give its password: redis://:${NAME}@host, or ?password_file=FILE"),
-    "WRONGPASS": ("denied", "check user and password"),
-    "NOPERM": ("denied", "docs/tiers/redis.md lists what the user must be allowed"),
-    "READONLY": ("denied", "it is a replica: name the primary"),
-    "OOM": ("full", "its maxmemory is reached"),
-    "MISCONF": ("io", ""),
-    "LOADING": ("not ready", ""),
-    "MASTERDOWN": ("not ready", ""),
-    "CLUSTERDOWN": ("not ready", ""),
-    "TRYAGAIN": ("not ready", ""),
-    "ASK": ("not ready", ""),
-    "BUSY": ("not ready", ""),
-}
-"""Maps the first word of an error to the tier's reason and a remedy."""
 
 
 class Node:
@@ -349,7 +346,22 @@ class Node:
                 if not has_tls and _is_tls(other):
                     why = f"{self.host}:{self.port} speaks TLS: write rediss:// in place of redis://"
                     return TierError("protocol", why)
+            if self._login.tls and error.reason == "unreachable" and self._wants_certificate(self._login.tls):
+                remedy = "give one with ?cert_file= and ?cert_key_file=, or set `tls-auth-clients no` there"
+                why = f"Redis at {self.host}:{self.port} asks for a certificate of its clients: {remedy}"
+                return TierError("denied", why)
         return error
+
+    def _wants_certificate(self, tls: ssl.SSLContext) -> bool:
+        """Whether the server ends TLS because the client shows no certificate. It says so to one who listens only."""
+        with contextlib.suppress(OSError), connect(self.host, self.port, _KNOCK_SECONDS) as plain:
+            plain.settimeout(_KNOCK_SECONDS)
+            try:
+                with tls.wrap_socket(plain, server_hostname=self.host) as other:
+                    other.recv(1)
+            except ssl.SSLError as error:
+                return "CERTIFICATE_REQUIRED" in (error.reason or "") or "HANDSHAKE_FAILURE" in (error.reason or "")
+        return False
 
     def close(self) -> None:
         while self._idle:
@@ -367,65 +379,3 @@ def _is_tls(connection: socket.socket) -> bool:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # no data is sent to it
     context.wrap_socket(connection).close()
     return True
-
-
-class Nodes:
-    """One server, or the primaries of a cluster and the hash slots of each."""
-
-    def __init__(self, host: str, port: int, login: Login, limit: int, is_cluster: bool) -> None:
-        self._login, self._limit, self.is_cluster = login, limit, is_cluster
-        self._lock = threading.Lock()
-        self._seed = Node(host, port, login, limit)
-        self._nodes = {(host, port): self._seed}
-        self._ranges: list[tuple[int, int, Node]] = []
-        self.stale = is_cluster
-
-    def all(self) -> list[Node]:
-        """Return the servers that hold keys."""
-        return list({id(node): node for _, _, node in self._ranges}.values()) if self.is_cluster else [self._seed]
-
-    def of(self, tag: bytes) -> Node:
-        """Return the server of the keys with this hash tag, which includes its braces."""
-        if not self.is_cluster:
-            return self._seed
-        slot = binascii.crc_hqx(tag[1:-1], 0) % _SLOTS
-        for first, last, node in self._ranges:
-            if first <= slot <= last:
-                return node
-        raise TierError("not ready", f"Redis Cluster at {self._seed.host}:{self._seed.port}: no node has slot {slot}")
-
-    def refresh(self, deadline: float) -> None:
-        """Ask any node of the cluster for the map of hash slots. Raises TierError when no node answers."""
-        with self._lock:
-            trouble: TierError | None = None
-            for node in [self._seed, *(node for node in self._nodes.values() if node is not self._seed)]:
-                try:
-                    with node.connection(deadline) as connection:
-                        connection.queue(b"CLUSTER", b"SLOTS")
-                        self._ranges = self._parse(node, connection.answer())
-                except TierError as error:
-                    trouble = trouble or error
-                else:
-                    self.stale = False
-                    return
-            assert trouble
-            raise trouble
-
-    def _parse(self, asked: Node, slots: Reply) -> list[tuple[int, int, Node]]:
-        ranges = []
-        for entry in slots if isinstance(slots, list) else [slots]:
-            match entry:
-                case [int(first), int(last), [host, int(port), *_], *_]:
-                    address = (host.decode() if isinstance(host, bytes) and host else asked.host, port)
-                    if address not in self._nodes:
-                        self._nodes[address] = Node(*address, self._login, self._limit)
-                    ranges.append((first, last, self._nodes[address]))
-                case _:
-                    raise TierError(
-                        "protocol", f"{asked.host}:{asked.port} does not describe its cluster: {entry!r:.80}"
-                    )
-        return ranges
-
-    def close(self) -> None:
-        for node in self._nodes.values():
-            node.close()

@@ -1,4 +1,4 @@
-"""The accounting of the Redis tier, done by the server: one Lua script (Redis 6 and later, Valkey), run with EVAL.
+"""The accounting of the Redis tier, done by the server: one Lua script (Redis 6 and later, Valkey).
 
 KEYS[1] is the hash tag T. The accounting has two keys: `T.index`, a hash of shard name -> "booked bytes, parts, o" with the sum
 of the booked bytes as field `used`, and `T.uses`, a sorted set of shard name -> time of last use in microseconds. The o (open) is
@@ -14,6 +14,8 @@ client may continue at any time: the new accounting is empty and right, and old 
 """
 
 from __future__ import annotations
+
+import hashlib
 
 ADMITTED = "go"
 MORE = "more"
@@ -239,4 +241,6 @@ return answer(torn and 'not ready' or '')
 
 _lines = (line.partition(b"--")[0].strip() for line in _TEXT.splitlines())
 SCRIPT = b"local ENOUGH_KEYS, MAX_PARTS = %d, %d\n" % (ENOUGH_KEYS, MAX_PARTS) + b"\n".join(filter(None, _lines))
-"""The script without comments and indentation, since it is sent with every call."""
+"""The script without comments and indentation, since every connection sends it once."""
+DIGEST = hashlib.sha1(SCRIPT, usedforsecurity=False).hexdigest().encode()
+"""The name that Redis gives it."""

@@ -11,12 +11,14 @@ import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
+from urllib.parse import urlsplit
 
 from lmcache.config.options import integer, number, word
 from lmcache.errors import ConfigError
 from lmcache.tiers import frame
-from lmcache.tiers.redis.resp import Connection, Login, Moved, Node, Nodes, Reply, ReplyError
-from lmcache.tiers.redis.script import ADMITTED, ENOUGH_KEYS, MAX_PARTS, MORE, NOT_READY, SCRIPT
+from lmcache.tiers.redis.nodes import Cluster, Nodes, Sentinels, with_sentinels_login
+from lmcache.tiers.redis.resp import Connection, Login, Moved, Node, Reply, ReplyError, ScriptLost
+from lmcache.tiers.redis.script import ADMITTED, DIGEST, ENOUGH_KEYS, MAX_PARTS, MORE, NOT_READY, SCRIPT
 from lmcache.tiers.tier import ABSENT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -34,6 +36,7 @@ _NO_MEMORY = "no memory"
 """Outcome of a store before it becomes FULL: `maxmemory` is reached, so the oldest shards must go although the cap is not."""
 _PARTLY = "partly there"
 """Outcome of a load before it becomes ABSENT: only a part of the shard is left, which must be removed."""
+SENTINEL_PORT = 26379
 _WINDOW_BYTES = 64 << 20
 """A load asks for so many bytes ahead of reading, because the server holds replies in memory until they are read."""
 
@@ -69,21 +72,10 @@ class RedisTier(Tier):
 
     @classmethod
     def from_url(cls, url: TierURL) -> Tier:
-        is_cluster = url.take("cluster", word("yes", "no"), "no") == "yes"
-        database = url.path.strip("/") or "0"
-        if not url.host or not database.isdecimal() or (is_cluster and int(database)):
-            raise ConfigError(
-                f"{url.redacted}: write redis://host:6379/0, with the number of a database (0 in a cluster)"
-            )
-        ca_file = url.take("ca_file", str, "")
-        tls = _tls(url, ca_file) if url.scheme == "rediss" else None
-        if ca_file and not tls:
-            raise ConfigError(f"{url.redacted}: ca_file is for rediss://")
-        login = Login(url.username, url.take_password(), int(database), tls)
-        limit = url.take("connections", integer(1, 64), 8)
-        kind = _TLSTier if tls else cls
+        nodes = _nodes(url)
+        kind = _TLSTier if url.scheme == "rediss" else cls
         return kind(
-            Nodes(url.host, url.port or 6379, login, limit, is_cluster),
+            nodes,
             prefix=url.take("prefix", _prefix, "lmcache"),
             max_bytes=url.take_max_bytes(),
             ttl_seconds=url.take("ttl", number(1, 1e9), 0.0),
@@ -94,7 +86,7 @@ class RedisTier(Tier):
     def open(self) -> None:
         if self._is_open:
             return
-        if self._nodes.is_cluster:
+        if self._nodes.moves:
             self._nodes.refresh(self._deadline())
         self._everywhere("usage")
         self._is_open = True
@@ -349,13 +341,15 @@ class RedisTier(Tier):
                 try:
                     with node.connection(deadline) as connection:
                         work(connection, which)
-                except Moved:
-                    if not self._nodes.is_cluster or attempt == 2:
+                except (Moved, ScriptLost) as error:
+                    if isinstance(error, Moved) and not self._nodes.is_cluster:
                         raise
-                    self._nodes.stale = True
+                    if attempt == 2:
+                        raise TierError("not ready", f"{error}; the tier is tried again by itself") from None
+                    self._nodes.stale = self._nodes.moves
                     left += which
                 except TierError:
-                    self._nodes.stale = self._nodes.is_cluster
+                    self._nodes.stale = self._nodes.moves
                     raise
             if not left:
                 return
@@ -364,13 +358,19 @@ class RedisTier(Tier):
         """Run one verb of the script for each tag and return the last answer."""
         deadline, said = self._deadline(), ""
         for tag in tags or self._tags:
-            with self._nodes.of(tag).connection(deadline) as connection:
-                self._script(connection, tag, verb)
-                said = self._said(connection, tag, connection.reply())
+            try:
+                said = self._ask_script(tag, verb, deadline)
+            except ScriptLost:
+                said = self._ask_script(tag, verb, deadline)
         return said
 
+    def _ask_script(self, tag: bytes, verb: str, deadline: float) -> str:
+        with self._nodes.of(tag).connection(deadline) as connection:
+            self._script(connection, tag, verb)
+            return self._said(connection, tag, connection.reply())
+
     def _script(self, connection: Connection, tag: bytes, verb: str, *arguments: bytes | str | int) -> None:
-        connection.queue(b"EVAL", SCRIPT, 1, tag, verb, *arguments)
+        connection.queue_script(SCRIPT, DIGEST, tag, verb, *arguments)
 
     def _said(self, connection: Connection, tag: bytes, reply: Reply) -> str:
         """Return the script's answer, and note the usage that each answer contains."""
@@ -450,8 +450,56 @@ def _prefix(text: str) -> str:
     return text
 
 
-def _tls(url: TierURL, ca_file: str) -> ssl.SSLContext:
+def _nodes(url: TierURL) -> Nodes:
+    """Take from the URL who has the keys, and how to log in there."""
+    is_cluster = url.take("cluster", word("yes", "no"), "no") == "yes"
+    sentinel = url.take("sentinel", str, "")
+    database = url.path.strip("/") or "0"
+    if not url.host or not database.isdecimal() or (is_cluster and int(database)):
+        raise ConfigError(f"{url.redacted}: write redis://host:6379/0, with the number of a database (0 in a cluster)")
+    if sentinel and is_cluster:
+        raise ConfigError(f"{url.redacted}: a cluster has no Sentinels: leave out ?sentinel= or ?cluster=yes")
+    login = Login(url.username, url.take_password(), int(database), _tls(url))
+    limit = url.take("connections", integer(1, 64), 8)
+    others: list[tuple[str, int]] = url.take("also", _hosts, [])
+    sentinel_password = url.take_secret("sentinel_password_file")
+    if sentinel:
+        first = url.host, url.port or SENTINEL_PORT
+        return Sentinels([first, *others], login, limit, sentinel, with_sentinels_login(login, sentinel_password))
+    if others or sentinel_password:
+        raise ConfigError(f"{url.redacted}: also and sentinel_password_file need sentinel=NAME, the primary's name")
+    return (Cluster if is_cluster else Nodes)(url.host, url.port or 6379, login, limit)
+
+
+def _hosts(text: str) -> list[tuple[str, int]]:
+    found = []
+    for one in text.split(","):
+        parts = urlsplit(f"//{one}")
+        if not parts.hostname or parts.path:
+            raise ValueError(f"{one!r} is no HOST:PORT")
+        found.append((parts.hostname, parts.port or SENTINEL_PORT))
+    return found
+
+
+def _tls(url: TierURL) -> ssl.SSLContext | None:
+    files = {name: url.take(name, str, "") for name in ("ca_file", "cert_file", "cert_key_file")}
+    if url.scheme != "rediss":
+        for name, path in files.items():
+            if path:
+                raise ConfigError(f"{url.redacted}: {name} is for rediss://")
+        return None
     try:
-        return ssl.create_default_context(cafile=ca_file or None)
+        context = ssl.create_default_context(cafile=files["ca_file"] or None)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"{url.redacted}: cannot use ca_file {ca_file}: {error}") from None
+        raise ConfigError(f"{url.redacted}: cannot use ca_file {files['ca_file']}: {error}") from None
+    if files["cert_key_file"] and not files["cert_file"]:
+        raise ConfigError(f"{url.redacted}: cert_key_file needs cert_file, the client's certificate")
+    if files["cert_file"]:
+        try:
+            context.load_cert_chain(files["cert_file"], files["cert_key_file"] or None, password="")
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"{url.redacted}: cannot use cert_file {files['cert_file']}: {error};"
+                " both files must be PEM, and the key of cert_key_file without a passphrase"
+            ) from None
+    return context

@@ -1,4 +1,4 @@
-"""Shards in S3 or a compatible store, shared by all servers that name the same bucket and prefix: one object a shard.
+"""Shards in an object store, shared by all servers that name the same bucket and prefix: one object a shard.
 
 An object is a frame: header, then payload (docs/tiers/s3.md). Lookups, loads and stores never list objects. Only the cap needs
 a listing, which a sweep in the background makes; without `max_gb` there is none.
@@ -11,16 +11,19 @@ import json
 import os
 import re
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from typing import Any, ClassVar
 
 from lmcache.config.options import integer, number
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers import frame
-from lmcache.tiers.s3.accounting import Accounting, pack_uses, unpack_uses
-from lmcache.tiers.s3.client import Client, Place
+from lmcache.tiers.object_store.accounting import Accounting, pack_uses, unpack_uses
+from lmcache.tiers.object_store.client import Client
+from lmcache.tiers.object_store.service import Place, Service
 from lmcache.tiers.threads import started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
@@ -34,18 +37,16 @@ OWN = "_lmcache/"
 _JANITOR, _RECENCY, _USES = f"{OWN}janitor", f"{OWN}recency", f"{OWN}uses/"
 _ROOM_PART = 64
 """Trimming deletes at least this part of the cap, so that it seldom runs."""
-_BULK = 1000
-"""Objects that S3 deletes in one request. No caller waits for more than one such request."""
 _FORGOTTEN_MS = 86_400_000
 """A server's object of uses that is older than this has been merged into `recency` and is deleted."""
 
 log = init_logger(__name__)
 
 
-class S3Tier(Tier):
+class ObjectTier(Tier):
     """One bucket and prefix. At most `connections` requests are in flight at once, for all calls together."""
 
-    scheme = "s3"
+    service: ClassVar[Service]
     concurrency = 8
     codecs = True
     batch_bytes = 64 << 20
@@ -76,18 +77,16 @@ class S3Tier(Tier):
 
     @classmethod
     def from_url(cls, url: TierURL) -> Tier:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{2,62}", url.host) or url.port:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{2,62}", url.host) or url.port:
             raise ConfigError(
-                f"{url.redacted}: write s3://bucket/prefix; ?endpoint=http://host:port for stores other than AWS"
+                f"{url.redacted}: write {cls.scheme}://bucket/prefix; ?endpoint=http://host:port for stores outside the cloud"
             )
         if url.username or url.password:
-            raise ConfigError(
-                f"{url.redacted}: credentials come from environment, profile or instance role, not the URL"
-            )
-        place = Place(url.host, url.path.strip("/"), url.take("endpoint", _endpoint, ""), url.take("region", str, ""))
+            raise ConfigError(f"{url.redacted}: credentials come from {cls.service.credentials}, not the URL")
         timeout_seconds = url.take("timeout", number(0.05, 3600), 10.0)
+        place = Place(url.host, url.path.strip("/"), url.take("endpoint", cls.endpoint, ""), **cls.more_of_place(url))
         return cls(
-            Client(place, timeout_seconds),
+            Client(place, cls.service, cls.make_store(place, timeout_seconds)),
             max_bytes=url.take_max_bytes(),
             timeout_seconds=timeout_seconds,
             connections=url.take("connections", integer(1, 256), 16),
@@ -96,14 +95,31 @@ class S3Tier(Tier):
             runtime=url.runtime,
         )
 
+    @staticmethod
+    @abstractmethod
+    def make_store(place: Place, timeout_seconds: float) -> Any:
+        """Return obstore's store. Raises ConfigError where it cannot be made of these settings."""
+
+    @staticmethod
+    def endpoint(text: str) -> str:
+        """Parse `?endpoint=`."""
+        if not re.fullmatch(r"https?://[^/?#@\s]+/?", text):
+            raise ValueError("must be http://host:port or https://host")
+        return text.rstrip("/")
+
+    @staticmethod
+    def more_of_place(url: TierURL) -> dict[str, str]:
+        """Take the options that only this service has."""
+        return {}
+
     def open(self) -> None:
         if self._pool:
             return
         self._client.read_all(_JANITOR)  # raises when bucket, credentials or network do not work
         self._closing.clear()
-        self._pool = started_pool(self._runtime, self._connections, "lmcache-s3")
+        self._pool = started_pool(self._runtime, self._connections, f"lmcache-{self.scheme}")
         if self._max_bytes is not None:
-            self._sweeper = self._runtime.start(self._sweep_again_and_again, "lmcache-s3-sweep")
+            self._sweeper = self._runtime.start(self._sweep_again_and_again, f"lmcache-{self.scheme}-sweep")
             self._swept.wait(self._timeout_seconds)
 
     def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
@@ -208,10 +224,10 @@ class S3Tier(Tier):
             batch: list[str] = []
             for listed in self._client.list():
                 if self._closing.is_set():
-                    raise TierError("closed", f"{self._client.place.text}: the tier was closed before all was removed")
+                    raise TierError("closed", f"{self._client.text}: the tier was closed before all was removed")
                 if _key_of(listed.path) or listed.path in (_RECENCY, _JANITOR) or listed.path.startswith(_USES):
                     batch.append(listed.path)
-                if len(batch) == _BULK:
+                if len(batch) == self.service.bulk:
                     self._client.delete(batch)
                     batch.clear()
             self._client.delete(batch)
@@ -262,7 +278,7 @@ class S3Tier(Tier):
         """
         assert self._max_bytes is not None
         above = self._accounting.stored_bytes + self._accounting.other_bytes + wanted_bytes - self._max_bytes
-        going = self._accounting.oldest(max(above, at_least), _BULK) if above > 0 else []
+        going = self._accounting.oldest(max(above, at_least), self.service.bulk) if above > 0 else []
         self.remove(going)
         return bool(going)
 
@@ -275,7 +291,9 @@ class S3Tier(Tier):
             except Exception as error:  # the thread must go on: without it nothing would be trimmed
                 if str(error) != told:
                     unforeseen = not isinstance(error, TierError)
-                    log.warning("The S3 tier could not be trimmed, will try again: %s", error, exc_info=unforeseen)
+                    log.warning(
+                        "Tier %s could not be trimmed, will try again: %s", self.scheme, error, exc_info=unforeseen
+                    )
                 told = str(error)
             self._closing.wait(self._sweep_seconds if self._swept.is_set() else min(5.0, self._sweep_seconds))
 
@@ -329,12 +347,12 @@ class S3Tier(Tier):
                 if lease["holder"] != self._identity and now < float(lease["until"]) < now + 4 * self._sweep_seconds:
                     return False
         lease = {"holder": self._identity, "until": now + 3 * self._sweep_seconds}
-        return self._client.write(_JANITOR, [json.dumps(lease).encode()], if_etag=read[1] if read else "")
+        return self._client.write(_JANITOR, [json.dumps(lease).encode()], over=read[1] if read else {})
 
     def _release_lease(self) -> None:
         read = self._client.read_all(_JANITOR)
         if read and self._identity.encode() in read[0]:
-            self._client.write(_JANITOR, [b"{}"], if_etag=read[1])
+            self._client.write(_JANITOR, [b"{}"], over=read[1])
 
     # ---- requests in parallel
 
@@ -347,14 +365,12 @@ class S3Tier(Tier):
             TierError: a request failed, or the time was over before all had begun.
         """
         if not self._pool:
-            raise TierError("closed", f"{self._client.place.text}: the tier is not open")
+            raise TierError("closed", f"{self._client.text}: the tier is not open")
         deadline = self._now() + self._timeout_seconds
 
         def run(call: Callable[..., None], *numbers: int) -> None:
             if self._now() > deadline:
-                raise TierError(
-                    "timeout", f"{self._client.place.text}: no connection was free in time; raise ?connections="
-                )
+                raise TierError("timeout", f"{self._client.text}: no connection was free in time; raise ?connections=")
             call(*numbers)
 
         futures: list[Future[None]] = [self._pool.submit(run, call, *numbers) for call, numbers in work]
@@ -376,9 +392,3 @@ def _key_of(path: str) -> ShardKey | None:
     if not found:
         return None
     return ShardKey(bytes.fromhex(found[1]), bytes.fromhex(found[2]), int(found[3], 16), int(found[4], 16))
-
-
-def _endpoint(text: str) -> str:
-    if not re.fullmatch(r"https?://[^/?#@\s]+/?", text):
-        raise ValueError("must be http://host:port or https://host")
-    return text.rstrip("/")

@@ -1,1 +1,0 @@
-"""The tier in an object store: `s3://`."""
