@@ -25,6 +25,8 @@ _OWN = {
     "redis": ("lmcache.tiers.redis.tier", "RedisTier", "redis"),
     "rediss": ("lmcache.tiers.redis.tier", "RedisTier", "redis"),
     "s3": ("lmcache.tiers.s3.tier", "S3Tier", "s3"),
+    "mooncake": ("lmcache.tiers.mooncake.tier", "MooncakeTier", "mooncake"),
+    "mooncakestore": ("lmcache.tiers.mooncake.tier", "MooncakeTier", "mooncake"),
     "peer": ("lmcache.peers.tier", "PeersTier", ""),
 }
 """Maps each scheme to its module, its class, and the extra of the package that it needs."""

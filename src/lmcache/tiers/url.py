@@ -38,6 +38,13 @@ _PUBLIC = frozenset(
         "cluster",
         "sweep",
         "also",
+        "segment_gb",
+        "replicas",
+        "workers",
+        "protocol",
+        "device",
+        "hostname",
+        "metadata",
     ]
 )
 """Options whose values may be shown; those of `*_file` are paths. Values of all other options are shown as `***`."""
