@@ -97,7 +97,8 @@ def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def mooncake_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets this process and its children find Mooncake, which is not in their environment."""
-    monkeypatch.setenv("LD_LIBRARY_PATH", mooncake_environment()["LD_LIBRARY_PATH"])
+    for name, value in mooncake_environment().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "path", [*sys.path, str(MOONCAKE / "site")])
 
 

@@ -45,7 +45,7 @@ class TestMooncake(ConformanceSuite):
 
     def test_the_cap_is_hard(self, tmp_path: Path) -> None:
         """Nobody is told that there is one."""
-        with pytest.raises(ConfigError, match=r"max_gb is not enforced by this store.*segment_gb"):
+        with pytest.raises(ConfigError, match=r"max_gb: is not enforced by this store.*segment_gb"):
             make_tier(self.master.url("?max_gb=1"))
 
     def test_what_can_never_fit_is_said_and_costs_nothing(self, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from lmcache.config import options as read
 from lmcache.config.given import Given, entries, is_null, nearest, read_yaml
+from lmcache.config.mooncake import SCHEMES, mooncake_url
 from lmcache.config.server import HUGE_PAGES, OPTIONS, POLICIES
 from lmcache.errors import ConfigError
 
@@ -122,7 +123,9 @@ class EngineConfig:
     use_layerwise: bool = _row(
         read.switch, True, "vLLM, SGLang: forwards wait for loads layer by layer; other engines wait for complete loads"
     )
-    extra_config: dict[str, Any] | None = _row(_mapping, None, "no effect: nothing in it is read")
+    extra_config: dict[str, Any] | None = _row(
+        _mapping, None, "only the keys of a Mooncake Store are read, if remote_url names one; other keys have no effect"
+    )
     internal_api_server_enabled: bool = _row(
         read.switch, False, "true: health, status and metrics over HTTP, one port for the engine, not one a worker"
     )
@@ -147,7 +150,9 @@ class EngineConfig:
         if self.local_disk is not None:
             urls.append(f"disk://{quote(self.local_disk)}?max_gb={self.max_local_disk_size:.15g}")
         if self.remote_url is not None:
-            urls.append(self.remote_url)
+            is_mooncake = urlsplit(self.remote_url).scheme in SCHEMES
+            extra = dict(self.extra_config or {})
+            urls.append(mooncake_url(extra, self.remote_url, "extra_config") if is_mooncake else self.remote_url)
         return tuple(urls)
 
 

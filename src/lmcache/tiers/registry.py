@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from urllib.parse import quote, urlencode
 
+from lmcache.config.mooncake import mooncake_url
 from lmcache.config.options import word
 from lmcache.errors import ConfigError
 from lmcache.runtime import RUNTIME, Runtime
@@ -141,12 +142,21 @@ def _s3(values: dict[str, str]) -> str:
     return _with_options(f"s3://{bucket}/{values.pop('prefix', '')}", values, named)
 
 
+def _mooncake(values: dict[str, str]) -> str:
+    if "max_capacity_gb" in values:
+        raise ConfigError(
+            "--l2-adapter: mooncake_store: max_capacity_gb is not enforced by this store, which evicts by itself; leave it out"
+        )
+    return mooncake_url(values, "", "--l2-adapter")
+
+
 _ADAPTERS: dict[str, Callable[[dict[str, str]], str]] = {
     "fs": _fs,
     "fs_native": _fs,
     "resp": _redis,
     "redis": _redis,
     "s3": _s3,
+    "mooncake_store": _mooncake,
 }
 
 

@@ -58,11 +58,7 @@ class MooncakeTier(Tier):
     def from_url(cls, url: TierURL) -> Tier:
         if not url.host or url.path.strip("/") or url.username or url.password:
             raise ConfigError(f"{url.redacted}: write mooncake://master:50051, with the address of mooncake_master")
-        if "max_gb" in url.options:
-            raise ConfigError(
-                f"{url.redacted}: max_gb is not enforced by this store, which evicts by itself when its clients' memory is"
-                " full: leave it out, and bound the memory that each client lends (segment_gb)"
-            )
+        url.take("max_gb", _no_cap, None)
         kind = _StoreTier if url.scheme == _StoreTier.scheme else cls
         tier = kind(
             Joining(
@@ -70,7 +66,7 @@ class MooncakeTier(Tier):
                 port=url.port or 50051,
                 hostname=url.take("hostname", _host, ""),
                 metadata=url.take("metadata", _metadata, "P2PHANDSHAKE"),
-                segment_bytes=int(url.take("segment_gb", number(0, 1e6), 0.0) * GIB),
+                segment_bytes=int(url.take("segment_gb", number(0.016, 1e6), 0.0) * GIB),
                 protocol=url.take("protocol", word("tcp", "rdma"), "tcp"),
                 devices=url.take("device", _devices, ""),
                 timeout_seconds=url.take("timeout", number(0.1, 600), 2.0),
@@ -344,6 +340,13 @@ def _matching(pattern: str, text: str) -> Callable[[str], str]:
         return value
 
     return parse
+
+
+def _no_cap(value: str) -> None:
+    raise ValueError(
+        "is not enforced by this store, which evicts by itself when the memory that its clients lend is full: leave it out, and"
+        " bound what each client lends (segment_gb)"
+    )
 
 
 _prefix = _matching(r"[A-Za-z0-9_.:-]{1,64}", "must be 1 to 64 letters, digits and _ . : -")
