@@ -102,7 +102,8 @@ def main(text: str) -> None:
     leave.append(store.close)
     memory = mmap.mmap(task.memory, task.memory_bytes)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    store.register_buffer(address, task.memory_bytes)
+    if task.protocol != "tcp":  # TCP needs no registration, which other clients could use to write into this memory
+        store.register_buffer(address, task.memory_bytes)
     verbs = Verbs(store, ReplicateConfig, address)
     threads = [
         RUNTIME.start(partial(_serve, socket.socket(fileno=lane), verbs), f"lmcache-lane{number}")

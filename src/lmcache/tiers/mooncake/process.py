@@ -274,7 +274,8 @@ def _own_address(joining: Joining) -> str:
 
 def _environment(joining: Joining, hostname: str) -> dict[str, str]:
     """The environment of the client process, which is the only way to set the store's time-outs."""
-    seconds, milliseconds = str(max(1, math.ceil(joining.timeout_seconds))), str(int(joining.timeout_seconds * 1000))
+    milliseconds = str(int(joining.timeout_seconds * 1000))
+    seconds = str(max(1, math.ceil(joining.timeout_seconds / 2)))  # a transfer is tried twice
     limits = {
         "MC_RPC_TIMEOUT_MS": milliseconds,
         "MC_RPC_CONNECT_TIMEOUT_MS": milliseconds,
