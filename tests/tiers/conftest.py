@@ -14,6 +14,7 @@ from stores import (
     ACCESS,
     MOONCAKE,
     SECRET,
+    InfiniStoreServer,
     MooncakeClient,
     MooncakeMaster,
     RedisServer,
@@ -141,3 +142,18 @@ def start_mooncake(
         if one.child.poll() is None:
             one.thaw()
             one.kill()
+
+
+@pytest.fixture(scope="session")
+def infinistore() -> Iterator[InfiniStoreServer]:
+    """A server that all tests of a process share; it cannot be emptied, so each has a prefix of its own."""
+    one = InfiniStoreServer()
+    yield one
+    one.end()
+
+
+@pytest.fixture
+def own_infinistore() -> Iterator[InfiniStoreServer]:
+    one = InfiniStoreServer()
+    yield one
+    one.end()

@@ -28,6 +28,7 @@ _OWN = {
     "s3": ("lmcache.tiers.s3.tier", "S3Tier", "s3"),
     "mooncake": ("lmcache.tiers.mooncake.tier", "MooncakeTier", "mooncake"),
     "mooncakestore": ("lmcache.tiers.mooncake.tier", "MooncakeTier", "mooncake"),
+    "infinistore": ("lmcache.tiers.infinistore.tier", "InfiniStoreTier", ""),
     "peer": ("lmcache.peers.tier", "PeersTier", ""),
 }
 """Maps each scheme to its module, its class, and the extra of the package that it needs."""

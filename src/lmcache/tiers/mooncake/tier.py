@@ -20,6 +20,7 @@ from lmcache.observability.log import init_logger
 from lmcache.tiers import frame
 from lmcache.tiers.mooncake.process import LANE_BYTES, Joining, Lane, StoreProcess
 from lmcache.tiers.mooncake.words import MOST_KEYS
+from lmcache.tiers.noted import Noted
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -34,8 +35,6 @@ _PIECE_BYTES = 512 << 10
 _ALIGNED_BYTES = 4096
 _READS = 4
 """A value that somebody removes while it is read looks damaged, since its memory gets the next value. So it is read again."""
-_MOST_KNOWN = 1 << 20
-"""Shards that `usage` remembers at most."""
 
 log = init_logger(__name__)
 
@@ -49,9 +48,7 @@ class MooncakeTier(Tier):
         self._joining, self._prefix, self._replicas, self._secret = joining, prefix, replicas, secret
         self._process: StoreProcess | None = None
         self._is_open, self._starting = False, threading.Lock()
-        self._known: dict[bytes, int] = {}
-        self._known_bytes, self._counting = 0, threading.Lock()
-        """Bytes of the shards that this process has stored or seen, and not seen gone. The store itself does not tell."""
+        self._noted = Noted()
         self._missing_replicas = ""
 
     @classmethod
@@ -99,7 +96,9 @@ class MooncakeTier(Tier):
             left = [index for index in left if outcomes[index] in frame.DAMAGE]
         if LOST in outcomes and not {OK, ABSENT} & set(outcomes):
             raise self._trouble("unreachable", "the owners of the values' memory do not answer")
-        self._forget([key for key, outcome in zip(keys, outcomes, strict=True) if outcome not in (OK, LOST, EXPIRED)])
+        self._noted.drop(
+            [key for key, outcome in zip(keys, outcomes, strict=True) if outcome not in (OK, LOST, EXPIRED)]
+        )
         self.remove([key for key, outcome in zip(keys, outcomes, strict=True) if outcome in frame.DAMAGE])
         return outcomes
 
@@ -115,19 +114,16 @@ class MooncakeTier(Tier):
         for verb, replaces in (("put", False), ("replace", True)):
             left = [i for i, answer in enumerate(stored) if outcomes[i] != KEPT and (answer >= 0) == replaces]
             self._write(verb, shards, sizes, left, outcomes)
-        done = {
-            shard.key.packed: size
-            for shard, size, said in zip(shards, sizes, outcomes, strict=True)
-            if said in (OK, KEPT)
-        }
-        self._remember(done)
+        self._noted.add(
+            {shard.key: size for shard, size, said in zip(shards, sizes, outcomes, strict=True) if said in (OK, KEPT)}
+        )
         return outcomes
 
     def remove(self, keys: Sequence[ShardKey]) -> None:
         for answer in self._each("remove", keys):
             if answer < 0 and answer not in (_ABSENT, _NOT_READY):
                 raise self._refused(answer)
-        self._forget(keys)
+        self._noted.drop(keys)
 
     def clear(self) -> None:
         client = self._client()
@@ -135,16 +131,13 @@ class MooncakeTier(Tier):
             (answer,) = client.ask(lane, "remove_matching", [f"^{re.escape(self._prefix)}/"], seconds=600.0)
         if answer < 0:
             raise self._refused(answer)
-        with self._counting:
-            self._known.clear()
-            self._known_bytes = 0
+        self._noted.clear()
 
     def degraded(self) -> str:
         return self._missing_replicas
 
     def usage(self) -> Usage:
-        with self._counting:
-            return Usage(self._known_bytes, len(self._known), None)
+        return self._noted.usage()
 
     def close(self) -> None:
         self._is_open = False
@@ -275,19 +268,6 @@ class MooncakeTier(Tier):
         if answer < 0:
             raise self._refused(answer)
         return answer == 1
-
-    def _remember(self, sizes: dict[bytes, int]) -> None:
-        with self._counting:
-            for packed, size in sizes.items():
-                self._known_bytes += size - self._known.pop(packed, 0)
-                self._known[packed] = size
-            while len(self._known) > _MOST_KNOWN:
-                self._known_bytes -= self._known.pop(next(iter(self._known)))
-
-    def _forget(self, keys: Sequence[ShardKey]) -> None:
-        with self._counting:
-            for key in keys:
-                self._known_bytes -= self._known.pop(key.packed, 0)
 
     def _name(self, key: ShardKey) -> str:
         return f"{self._prefix}/{key.text}"
