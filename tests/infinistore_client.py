@@ -24,6 +24,11 @@ class InfiniStoreClient:
         self.begin_put(key, len(value), value)
         return self._number()
 
+    def begin_get(self, key: bytes) -> None:
+        """The request to get a value, and the first bytes of the answer."""
+        self._say(b"L", self._table(key, 0, b"G"))
+        self._exactly(100)
+
     def get(self, key: bytes) -> bytes | None:
         self._say(b"L", self._table(key, 0, b"G"))
         return self._exactly(self._number()) if self._number() == 200 else None

@@ -10,7 +10,7 @@ import xxhash
 from lmcache.errors import ConfigError
 from lmcache.testing.conformance import ConformanceSuite
 from lmcache.tiers import ShardKey, Tier
-from lmcache.tiers.infinistore.tier import Marker
+from lmcache.tiers.infinistore.tier import PART_BYTES, Marker
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.tier import TierBase
 from stores import InfiniStoreServer
@@ -36,23 +36,25 @@ class TestInfiniStore(ConformanceSuite):
         key = f"&key_file={key_file}" if key_file else ""
         return make_tier(self.server.url(f"?timeout=60&prefix={prefix_of(place)}{key}")).tier
 
-    def frame_name(self, place: Path, key: ShardKey) -> bytes:
+    def part_names(self, place: Path, key: ShardKey) -> list[bytes]:
         name = f"{prefix_of(place)}/{key.text}"
         packed = self.raw.get(name.encode())
         assert packed is not None
         marker = Marker.unpack(packed)
         assert marker is not None
-        return f"{name}/{marker.once.hex()}".encode()
+        parts = -(-marker.frame_bytes // PART_BYTES)
+        return [f"{name}/{marker.once.hex()}.{part:x}".encode() for part in range(parts)]
 
     def stored_frame(self, place: Path, tier: Tier, key: ShardKey) -> bytes:
-        found = self.raw.get(self.frame_name(place, key))
-        assert found is not None
-        return found
+        return b"".join(self.raw.get(name) or b"" for name in self.part_names(place, key))
 
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
-        """InfiniStore has no empty values."""
-        name = self.frame_name(place, key)
-        assert self.raw.put(name, stored) == 200 if stored else self.raw.delete(name) == 1
+        """InfiniStore has no empty values. What is more than all parts goes to the last one."""
+        names = self.part_names(place, key)
+        for number, name in enumerate(names):
+            end = (number + 1) * PART_BYTES if name != names[-1] else len(stored)
+            part = stored[number * PART_BYTES : end]
+            assert self.raw.put(name, part) == 200 if part else self.raw.delete(name) == 1
 
     def test_the_cap_is_hard(self, tmp_path: Path) -> None:
         """Nobody is told that there is one."""

@@ -12,15 +12,15 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 from lmcache.config.hosts import connect, in_url, seconds_left
 from lmcache.tiers.tier import TierError
 
-PIECE_BYTES = 512 << 10
-"""A value is received in such pieces; their checksums are computed while they are in the processor's cache."""
-MOST_BYTES = (1 << 31) - 1
-"""Bytes of a value at most: the protocol counts them in 32 bits with a sign."""
+_SKIPPED_BYTES = 64 << 10
+_PARKED_SECONDS, _MOST_PARKED = 60.0, 64
+"""How long a connection stays open on which an answer may still be sent, and how many such connections there are at most."""
 _OK, _ABSENT, _FULL = 200, 404, 507
 _MAGIC, _HEAD, _NUMBER = 0xDEADBEEF, struct.Struct("<IcI"), struct.Struct("<i")
 _VALUE, _DELETE, _EXISTS = b"L", b"X", b"C"
@@ -29,10 +29,6 @@ _PAYLOAD_TABLE = struct.Struct("<IHHHHHxxiIiBxxx")
 """Root, then a table of {key: string, value_length: int32, operation: byte}, whose vtable lies before it."""
 _KEYS_TABLE = struct.Struct("<IHHHxxiII")
 """The same for {keys: [string]}, and the number of keys."""
-
-
-class Cut(TierError):
-    """The server has closed the connection, or there is none."""
 
 
 def value_request(operation: bytes, key: bytes, length: int) -> bytes:
@@ -60,7 +56,7 @@ def _string(text: bytes) -> bytes:
 
 
 class Connection:
-    """One connection. Any failure raises TierError and closes it. `deadline` is in `time.monotonic` seconds.
+    """One connection. Any failure raises TierError; only its owner closes it. `deadline` is in `time.monotonic` seconds.
 
     The server ends when a value is read, or deleted, before all of it is there. So nobody may ask for a name until its writer
     has been told that the value is complete.
@@ -113,7 +109,7 @@ class Connection:
         return True
 
     def get(self, key: bytes) -> int | None:
-        """Ask for a value; return its bytes, all of which the caller must then `read` or `skip`. None: it is not there."""
+        """Ask for a value; return its size. The caller must then `read` or `skip` all of it. None: it is not there."""
         self._send(value_request(_GET, key, 0))
         code = self._number()
         if code == _ABSENT:
@@ -130,22 +126,30 @@ class Connection:
         self._expect(_OK)
         self._number()
 
-    def read(self, memory: memoryview, seen: Callable[[memoryview], object] | None = None) -> None:
-        """Receive bytes until the memory is full. seen: called with each piece of it, in order."""
-        got = told = 0
+    def read(self, memory: memoryview) -> None:
+        """Receive bytes until the memory is full."""
+        got = 0
         while got < len(memory):
             got += self._receive(memory[got:])
-            if seen and got - told >= PIECE_BYTES:
-                seen(memory[told:got])
-                told = got
-        if seen and told < got:
-            seen(memory[told:got])
 
     def skip(self, count: int) -> None:
         """Receive bytes and forget them."""
-        rest = memoryview(bytearray(min(count, PIECE_BYTES)))
+        rest = memoryview(bytearray(min(count, _SKIPPED_BYTES)))
         while count:
             count -= self._receive(rest[:count])
+
+    def forget(self) -> bool:
+        """Forget all that has arrived. Return whether more may come."""
+        rest = bytearray(_SKIPPED_BYTES)
+        try:
+            self._socket.settimeout(0)
+            while self._socket.recv_into(rest):
+                pass
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def _number(self) -> int:
         number = bytearray(_NUMBER.size)
@@ -175,17 +179,14 @@ class Connection:
         raise self._failed(ConnectionResetError("the server has closed the connection"))
 
     def _nonsense(self, number: int) -> TierError:
-        self.close()
         return TierError("protocol", f"InfiniStore at {self.name}: unexpected answer {number}")
 
     def _failed(self, error: OSError) -> TierError:
-        if hasattr(self, "_socket"):
-            self.close()
         if isinstance(error, TimeoutError):
             return TierError(
                 "timeout", f"InfiniStore at {self.name} did not answer in time; check it, or raise ?timeout="
             )
-        return Cut("unreachable", f"InfiniStore at {self.name}: {error.strerror or error}")
+        return TierError("unreachable", f"InfiniStore at {self.name}: {error.strerror or error}")
 
 
 class Connections:
@@ -195,11 +196,14 @@ class Connections:
         self.name, self._host, self._port = f"{in_url(host)}:{port}", host, port
         self._free = threading.BoundedSemaphore(limit)
         self._idle: list[Connection] = []
+        self._parked = deque[tuple[float, Connection]]()
+        """Connections that were given up, and when to close them."""
 
     @contextlib.contextmanager
     def lend(self, seconds: float) -> Iterator[Connection]:
         """Lend a connection for one conversation of so many seconds. It is reused unless an exception is raised."""
         deadline = time.monotonic() + seconds
+        self._look_after_parked()
         if not self._free.acquire(timeout=seconds):
             raise TierError("timeout", f"InfiniStore at {self.name}: all connections were busy; raise ?connections=")
         try:
@@ -207,7 +211,7 @@ class Connections:
             try:
                 yield found
             except BaseException:
-                found.close()
+                self._parked.append((time.monotonic() + _PARKED_SECONDS, found))
                 raise
             self._idle.append(found)
         finally:
@@ -217,6 +221,19 @@ class Connections:
         while self._idle:
             with contextlib.suppress(IndexError):
                 self._idle.pop().close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._parked.pop()[1].close()
+
+    def _look_after_parked(self) -> None:
+        """Close connections on which nothing can come any more, or which have waited for long enough."""
+        with contextlib.suppress(IndexError):  # other threads do the same
+            for _ in range(len(self._parked)):
+                until, one = self._parked.popleft()
+                if time.monotonic() < until and len(self._parked) < _MOST_PARKED and one.forget():
+                    self._parked.append((until, one))
+                else:
+                    one.close()
 
     def _take(self, deadline: float) -> Connection:
         while self._idle:
