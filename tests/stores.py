@@ -37,7 +37,7 @@ FETCHED = Path(__file__).resolve().parents[1] / ".cache/redis/bin"
 MOONCAKE = FETCHED.parents[1] / "mooncake"
 """Where `./run test` puts the wheel of Mooncake (`site`), and what Debian has of its libraries (`system`)."""
 INFINISTORE = FETCHED.parents[1] / "infinistore"
-"""Where `./run test` puts the wheel of InfiniStore (`site`), and a library in place of that for RDMA (`lib`)."""
+"""Where `./run test` puts the wheel of InfiniStore (`site`), and a library in place of RDMA (`lib`)."""
 READER, READER_SECRET = "READACCESSKEY", "READSECRETKEY"
 BUCKET = "kvbucket"
 
