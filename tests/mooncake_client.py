@@ -9,6 +9,7 @@ import ctypes
 import os
 import pickle
 import sys
+import time
 from typing import Any
 
 BUFFER_BYTES = 80 << 20
@@ -32,7 +33,21 @@ def main(master: str, segment_mib: int) -> None:
         size = store.get_into(key, address, BUFFER_BYTES)
         return ctypes.string_at(address, size) if size >= 0 else None
 
-    ours = {"put": put, "get": get}
+    def seconds_to_put(keys: list[str], size: int) -> float:
+        """Of one call, as fast as this client can."""
+        began = time.perf_counter()
+        if any(store.batch_put_from(keys, [address + at * size for at in range(len(keys))], [size] * len(keys))):
+            raise RuntimeError("the store does not take a value")
+        return time.perf_counter() - began
+
+    def seconds_to_get(keys: list[str], size: int) -> float:
+        began = time.perf_counter()
+        got = store.batch_get_into(keys, [address + at * size for at in range(len(keys))], [size] * len(keys))
+        if got != [size] * len(keys):
+            raise RuntimeError("the store does not give a value")
+        return time.perf_counter() - began
+
+    ours = {"put": put, "get": get, "seconds_to_put": seconds_to_put, "seconds_to_get": seconds_to_get}
     answer: Any = code
     while True:
         pickle.dump(answer, answers)
