@@ -158,6 +158,8 @@ class MooncakeTier(Tier):
         if not self._starting.acquire(blocking=False):
             raise self._trouble("no client", "its client process is being started")
         try:
+            if not self._is_open:  # since a moment
+                raise self._trouble("closed", "the tier is not open")
             if self._process is not None and not self._process.alive:
                 log.warning("Mooncake at %s: its client process has ended and is replaced", self._joining.master)
                 self._process = None
