@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -285,6 +286,36 @@ def test_nobody_there_and_a_port_that_is_no_master(mooncake_paths: None, tmp_pat
         tier.open()  # type: ignore[attr-defined]
     assert caught.value.reason == "unreachable"
     assert fails(lambda: load(tier, shards_of(1, 10))) == "closed"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("module", "reason", "said"),
+    [
+        (
+            "raise ImportError('libibverbs.so.1: cannot open')",
+            "not installed",
+            "so.1: cannot open: pip install .*libibverbs1",
+        ),
+        ("import os; os._exit(3)", "no client", "its client process died during the start"),
+        (
+            "class MooncakeDistributedStore:\n    def setup(self, *given): return -1\nReplicateConfig = int",
+            "unreachable",
+            r"cannot be joined \(its error -1\)",
+        ),
+    ],
+)
+def test_a_client_that_cannot_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, reason: str, said: str
+) -> None:
+    (tmp_path / "mooncake").mkdir()
+    (tmp_path / "mooncake/__init__.py").touch()
+    (tmp_path / "mooncake/store.py").write_text(module)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with socket.create_server(("127.0.0.1", 0)) as somebody:
+        tier = make_tier(f"mooncake://127.0.0.1:{somebody.getsockname()[1]}").tier
+        with pytest.raises(TierError, match=said) as caught:
+            tier.open()  # type: ignore[attr-defined]
+    assert caught.value.reason == reason
 
 
 def test_a_frozen_master_fails_the_start_and_each_call_until_it_goes_on(start_mooncake: Start, opened: Any) -> None:
