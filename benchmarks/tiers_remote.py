@@ -1,7 +1,8 @@
 """`python -m benchmarks.tiers_remote`: the Redis tier on a real Valkey and the S3 tier on a real SeaweedFS, both on this machine.
 
 Each figure stands beside the plainest client that could do the same, in turns: for Valkey a socket with SET and GET of 4 MiB
-values (sendall, recv_into), for S3 obstore's put and get alone with the same number of threads. *peer* (`served`, with
+values (sendall, recv_into), for S3 obstore's put and get alone with the same number of threads, for a Mooncake Store and
+InfiniStore their own clients in a process of their own (both only where `./run test` has fetched them). *peer* (`served`, with
 --peer-python): LMCache 0.5.6's server with its `resp` on the same Valkey, in turns with ours. It needs the test extra:
 pip install -e '.[test]'. A full run takes about two minutes and 4 GiB of memory, with the peer three and 6 GiB.
 """
@@ -25,6 +26,7 @@ from unittest import mock
 from benchmarks.rows import Goal, Row, replace_figures, report, share
 from benchmarks.run import about
 from benchmarks.sides import Side, sides_of
+from benchmarks.tiers_pools import infinistore, mooncake
 from benchmarks.tiers_served import Ended, ours_of, served
 from benchmarks.tiers_served import Tier as ServedTier
 
@@ -393,6 +395,8 @@ GROUPS: dict[str, Callable[[bool, tuple[Side, ...]], list[Row]]] = {
     "valkey": lambda quick, _: valkey(quick),
     "s3": lambda quick, _: s3(quick),
     "stall": lambda quick, _: stall(quick),
+    "mooncake": lambda quick, _: mooncake(quick),
+    "infinistore": lambda quick, _: infinistore(quick),
     "served": valkey_served,
 }
 

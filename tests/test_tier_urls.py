@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -103,7 +104,10 @@ def test_nobody_sees_a_secret() -> None:
         ("disk:///a?write=never", "write: unknown; known: through, on-evict, none"),
         ("disk:///a?read=perhaps", "read: unknown; known: yes, no"),
         ("disk:///a?max_bg=1", "unknown option 'max_bg'; did you mean max_gb?"),
-        ("tape://reel", "unknown tier 'tape'; known: az, dir, disk, gs, peer, redis, rediss, s3"),
+        (
+            "tape://reel",
+            "unknown tier 'tape'; known: az, dir, disk, gs, infinistore, mooncake, mooncakestore, peer, redis, rediss, s3",
+        ),
     ],
 )
 def test_what_cannot_be_is_named(text: str, said: str) -> None:
@@ -149,6 +153,11 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ConfigError, match=r"^s3://bucket/x: obstore is not installed; pip install 'lmcache\[s3\]'$"):
         make_tier("s3://bucket/x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"^mooncake://h: mooncake is not installed; pip install 'lmcache\[mooncake\]'$"
+    ):
+        make_tier("mooncake://h")
     make_tiers(["disk:///a", "dir:///a", "redis://h"])  # the others do without
 
 
@@ -162,11 +171,15 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
         ("s3://bucket/x", "s3"),
         ("az://bucket/x", "azure-and-gcs"),
         ("gs://bucket/x", "README"),
+        ("mooncake://h", "mooncake"),
+        ("mooncakestore://h:1/", "mooncake"),
+        ("infinistore://h", "infinistore"),
         ("disk:///a", "README"),
     ],
 )
 def test_the_pages_have_every_option_and_no_other(url: str, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # libraries need not be here
     pages = Path(__file__).resolve().parents[1] / "docs" / "tiers"
     told, everywhere = (options_on(pages / f"{name}.md") for name in (page, "README"))
     with pytest.raises(ConfigError) as caught:
@@ -196,6 +209,17 @@ def options_on(page: Path) -> set[str]:
             '{"type": "s3", "bucket": "kvs", "prefix": "p", "endpoint": "http://h:1", "region": "r"}',
             "s3://kvs/p?endpoint=http%3A%2F%2Fh%3A1&region=r",
         ),
+        (
+            '{"type": "mooncake_store", "num_workers": 3, "replica_num": 2, "local_hostname": "10.0.0.7", "protocol": "tcp",'
+            ' "metadata_server": "http://m:8080/metadata", "master_server_addr": "m:50051", "rdma_devices": "",'
+            ' "global_segment_size": "4GB", "local_buffer_size": 1073741824, "storage_root_dir": "", "transfer_timeout": 5}',
+            "mooncake://m:50051?hostname=10.0.0.7&metadata=http%3A%2F%2Fm%3A8080%2Fmetadata&protocol=tcp&timeout=5&workers=3"
+            "&replicas=2&segment_gb=4",
+        ),
+        (
+            '{"type": "mooncake_store", "master_server_address": "h:1", "global_segment_size": 536870912}',
+            "mooncake://h:1?segment_gb=0.5",
+        ),
     ],
 )
 def test_the_json_spelling(text: str, url: str) -> None:
@@ -208,7 +232,17 @@ def test_the_json_spelling(text: str, url: str) -> None:
     [
         ("{", "not JSON"),
         ("[]", 'write {"type": "fs"'),
-        ('{"type": "tape"}', "type 'tape' is not supported; known: fs, fs_native, resp, redis, s3"),
+        ('{"type": "tape"}', "type 'tape' is not supported; known: fs, fs_native, resp, redis, s3, mooncake_store"),
+        ('{"type": "mooncake_store", "num_workers": 2}', "mooncake_store needs 'master_server_address'"),
+        (
+            '{"type": "mooncake_store", "master_server_address": "h:1", "max_capacity_gb": 3}',
+            "max_capacity_gb is not enforced by this store",
+        ),
+        (
+            '{"type": "mooncake_store", "master_server_address": "h:1", "global_segment_size": "much"}',
+            "'much' is neither a number of bytes nor a size such as 4GB",
+        ),
+        ('{"type": "mooncake_store", "master_server_address": "h:1", "storage_root_dir": "/d"}', "storage_root_dir: "),
         ('{"type": "fs"}', "fs needs 'base_path'"),
         (
             '{"type": "fs", "base_path": "/d", "shards": 3}',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,19 @@ from typing import Any
 import pytest
 
 from proxy import Proxy
-from stores import ACCESS, SECRET, RedisServer, Seaweed, binary_of, version_of
+from stores import (
+    ACCESS,
+    MOONCAKE,
+    SECRET,
+    InfiniStoreServer,
+    MooncakeClient,
+    MooncakeMaster,
+    RedisServer,
+    Seaweed,
+    binary_of,
+    mooncake_environment,
+    version_of,
+)
 
 VALKEY_AND_REDIS = ["valkey", pytest.param("redis", marks=pytest.mark.xdist_group("debian"))]
 """The tests of one kind run one after another, and those of the other kind beside them."""
@@ -80,3 +93,67 @@ def credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+
+
+@pytest.fixture
+def mooncake_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets this process and its children find Mooncake, which is not in their environment."""
+    for name, value in mooncake_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(MOONCAKE / "site")])
+
+
+@pytest.fixture(scope="session")
+def shared_mooncake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MooncakeMaster, MooncakeClient]]:
+    master = MooncakeMaster(tmp_path_factory.mktemp("mooncake"))
+    lender = MooncakeClient(master, 768)
+    yield master, lender
+    lender.kill()
+    master.kill()
+
+
+@pytest.fixture
+def mooncake(
+    shared_mooncake: tuple[MooncakeMaster, MooncakeClient], mooncake_paths: None
+) -> tuple[MooncakeMaster, MooncakeClient]:
+    """A store that all tests of a process share, and a client that lends it memory. It is empty."""
+    assert shared_mooncake[1].ask("remove_all", True) >= 0
+    return shared_mooncake
+
+
+@pytest.fixture
+def start_mooncake(
+    tmp_path: Path, mooncake_paths: None
+) -> Iterator[Callable[..., tuple[MooncakeMaster, list[MooncakeClient]]]]:
+    """Stores of a test's own: start_mooncake(*flags, segments=[MiB of each lender])."""
+    running: list[MooncakeMaster | MooncakeClient] = []
+
+    def make(*flags: str, segments: tuple[int, ...] = (256,)) -> tuple[MooncakeMaster, list[MooncakeClient]]:
+        master = MooncakeMaster(tmp_path, *flags)
+        running.append(master)
+        lenders = []
+        for segment in segments:
+            lenders.append(MooncakeClient(master, segment))
+            running.append(lenders[-1])
+        return master, lenders
+
+    yield make
+    for one in running:
+        if one.child.poll() is None:
+            one.thaw()
+            one.kill()
+
+
+@pytest.fixture(scope="session")
+def infinistore() -> Iterator[InfiniStoreServer]:
+    """A server that all tests of a process share; it cannot be emptied, so each has a prefix of its own."""
+    one = InfiniStoreServer()
+    yield one
+    one.end()
+
+
+@pytest.fixture
+def own_infinistore() -> Iterator[InfiniStoreServer]:
+    one = InfiniStoreServer()
+    yield one
+    one.end()

@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 from lmcache.config import options as read
 from lmcache.config.given import Given, entries, is_null, nearest, read_yaml
+from lmcache.config.mooncake import SCHEMES, mooncake_url
 from lmcache.config.server import HUGE_PAGES, OPTIONS, POLICIES
 from lmcache.errors import ConfigError
 
@@ -131,7 +132,8 @@ class EngineConfig:
     extra_config: dict[str, Any] | None = _row(
         _mapping,
         None,
-        "of it only NIXL's storage is read (enable_nixl_storage, nixl_backend, nixl_path): disk, s3 and az tiers serve it",
+        "only these are read: the keys of a Mooncake Store if remote_url names one, and NIXL's storage"
+        " (enable_nixl_storage, nixl_backend, nixl_path)",
     )
     internal_api_server_enabled: bool = _row(
         read.switch, False, "true: health, status and metrics over HTTP, one port for the engine, not one a worker"
@@ -171,7 +173,10 @@ class EngineConfig:
         if self.local_disk is not None:
             urls.append(f"disk://{quote(self.local_disk)}?max_gb={self.max_local_disk_size:.15g}")
         if self.remote_url is not None:
-            urls.append(self._with_codec(self.remote_url))
+            is_mooncake = urlsplit(self.remote_url).scheme in SCHEMES
+            extra = dict(self.extra_config or {})
+            url = mooncake_url(extra, self.remote_url, "extra_config") if is_mooncake else self.remote_url
+            urls.append(self._with_codec(url))
         return tuple(urls)
 
     def _with_codec(self, url: str) -> str:

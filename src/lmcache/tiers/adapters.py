@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
+from lmcache.config.mooncake import mooncake_url
 from lmcache.errors import ConfigError
 from lmcache.tiers.coder import LOSSY, NAIVE
 
@@ -77,6 +78,14 @@ def _s3(kind: str, values: dict[str, Any]) -> Translated:
     bucket = _needed(values, kind, "bucket")
     named = {"endpoint": "endpoint", "region": "region", "max_capacity_gb": "max_gb"}
     return Translated(_with_options(f"s3://{bucket}/{values.pop('prefix', '')}", values, named))
+
+
+def _mooncake(kind: str, values: dict[str, Any]) -> Translated:
+    if "max_capacity_gb" in values:
+        raise ConfigError(
+            f"--l2-adapter: {kind}: max_capacity_gb is not enforced by this store, which evicts by itself; leave it out"
+        )
+    return Translated(mooncake_url(values, "", "--l2-adapter"))
 
 
 # ---- NIXL. Measured with 1.5.1: its POSIX backend is about as fast as plain reads and writes; its OBJ backend reads at 0.6 of
@@ -165,6 +174,7 @@ _ADAPTERS: dict[str, Callable[[str, dict[str, Any]], Translated]] = {
     "resp": _redis,
     "redis": _redis,
     "s3": _s3,
+    "mooncake_store": _mooncake,
     "nixl_store": _nixl,
     "nixl_store_dynamic": _nixl,
     "nixl_native": _nixl,

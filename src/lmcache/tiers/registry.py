@@ -28,6 +28,9 @@ _OWN = {
     "s3": ("lmcache.tiers.object_store.s3", "S3Tier", "s3"),
     "az": ("lmcache.tiers.object_store.azure", "AzureTier", "azure"),
     "gs": ("lmcache.tiers.object_store.gcs", "GCSTier", "gcs"),
+    "mooncake": ("lmcache.tiers.mooncake.tier", "MooncakeTier", "mooncake"),
+    "mooncakestore": ("lmcache.tiers.mooncake.tier", "MooncakeTier", "mooncake"),
+    "infinistore": ("lmcache.tiers.infinistore.tier", "InfiniStoreTier", ""),
     "peer": ("lmcache.peers.tier", "PeersTier", ""),
 }
 """Maps each scheme to its module, its class, and the extra of the package that it needs."""

@@ -43,6 +43,13 @@ _PUBLIC = frozenset(
         "sentinel",
         "sweep",
         "also",
+        "segment_gb",
+        "replicas",
+        "workers",
+        "protocol",
+        "device",
+        "hostname",
+        "metadata",
     ]
 )
 """Options whose values may be shown; those of `*_file` are paths. Values of all other options are shown as `***`."""

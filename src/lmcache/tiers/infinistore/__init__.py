@@ -1,0 +1,1 @@
+"""The tier in an InfiniStore server, over TCP: `infinistore://`."""
