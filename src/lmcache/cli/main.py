@@ -23,6 +23,7 @@ from lmcache.cli import (
     settings,
     size,
     status,
+    tier,
     why,
 )  # fmt: skip
 from lmcache.config.given import nearest
@@ -58,7 +59,23 @@ def build_parser() -> Parser:
     parser = Parser("lmcache", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"lmcache {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    modules = server, status, ping, describe, why, doctor, predict, replay, size, clear, settings, bench, proxy, kvcache
+    modules = (
+        server,
+        status,
+        ping,
+        describe,
+        why,
+        doctor,
+        tier,
+        predict,
+        replay,
+        size,
+        clear,
+        settings,
+        bench,
+        proxy,
+        kvcache,
+    )
     for module in modules:
         module.add_verb(verbs)
     return parser
