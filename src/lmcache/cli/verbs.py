@@ -41,6 +41,13 @@ def add_token(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def size_text(size_bytes: float) -> str:
+    """Return a size for people, in GiB or MiB (2^30 and 2^20 bytes)."""
+    if size_bytes >= 2**30:
+        return f"{size_bytes / 2**30:,.2f} GiB"
+    return f"{size_bytes / 2**20:,.1f}".removesuffix(".0") + " MiB"
+
+
 def token_of(arguments: argparse.Namespace) -> str:
     """Return the token that `add_token`'s flag, the environment or the configuration gives; "" where none does.
 
