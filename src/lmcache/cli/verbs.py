@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from lmcache.config.load import load
+from lmcache.config.options import size_text as size_text
 from lmcache.wire.http_client import DEFAULT_URL
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Any]"
@@ -39,13 +40,6 @@ def add_token(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-token-file", metavar="FILE", help="File (0600) with the server's token [LMCACHE_SERVER_API_TOKEN_FILE]."
     )
-
-
-def size_text(size_bytes: float) -> str:
-    """Return a size for people, in GiB or MiB (2^30 and 2^20 bytes)."""
-    if size_bytes >= 2**30:
-        return f"{size_bytes / 2**30:,.2f} GiB"
-    return f"{size_bytes / 2**20:,.1f}".removesuffix(".0") + " MiB"
 
 
 def token_of(arguments: argparse.Namespace) -> str:

@@ -217,3 +217,10 @@ def default_socket_dir() -> Path:
     if runtime.startswith("/") and len(os.fsencode(runtime)) < _LONGEST_SOCKET_DIR - 8 and os.access(runtime, os.W_OK):
         return Path(runtime, "lmcache")
     return Path(f"/tmp/lmcache-{os.getuid()}")
+
+
+def size_text(size_bytes: float) -> str:
+    """Return a size for people, in GiB or MiB (2^30 and 2^20 bytes)."""
+    if size_bytes >= 2**30:
+        return f"{size_bytes / 2**30:,.2f} GiB"
+    return f"{size_bytes / 2**20:,.1f}".removesuffix(".0") + " MiB"
