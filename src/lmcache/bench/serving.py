@@ -22,7 +22,7 @@ import anyio
 from lmcache.bench.samples import quantile
 from lmcache.bench.workloads import Shape, Workload
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
-from lmcache.proxy.upstream import FAILURES, Engine, call
+from lmcache.proxy.upstream import FAILURES, Engine, call, parse_engines
 from lmcache.runtime import RUNTIME
 from lmcache.wire.http_client import ask
 
@@ -168,6 +168,14 @@ class _Run:
                     await anyio.sleep(0.01)
                 group.start_soon(hold, number)
         return samples, RUNTIME.now() - began
+
+
+async def measured(url: str, prompts: Sequence[list[int]], output_tokens: int) -> list[tuple[Sample, list[int]]]:
+    """Send prompts one after the other to the first model of an engine. Return what was measured, and the ids of each answer."""
+    (engine,) = parse_engines("--url", url)
+    model = await anyio.to_thread.run_sync(model_of, url, "")
+    run = _Run(Plan(engine, model, (), Shape(0, 0, 0), 1, 1, 0.0, output_tokens, 600.0))
+    return [await run.complete(prompt) for prompt in prompts]
 
 
 async def measure(plan: Plan) -> dict[str, Any]:

@@ -85,6 +85,11 @@ def _agents(shape: Shape, number: int) -> Conversation:
     return _growing(shape, number, "tools", 0.6)
 
 
+def prompt_of(shape: Shape, number: int) -> list[int]:
+    """Return a prompt that shares nothing with others."""
+    return _words(shape, shape.tokens, "unique", number)
+
+
 class Workload(NamedTuple):
     """What is measured together. conversations: makes one from its number. prompts: in each conversation."""
 

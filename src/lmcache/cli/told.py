@@ -38,6 +38,10 @@ class Told:
         """Return whether there is something that is not empty. Nothing is missing where there is not."""
         return bool(self._told.get(name))
 
+    def names(self) -> list[str]:
+        """Return what there is."""
+        return list(map(str, self._told))
+
     def part(self, name: str) -> Told:
         """Return an object; an empty one if there is none."""
         if not isinstance(self._told.get(name), dict):

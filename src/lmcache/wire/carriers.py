@@ -16,7 +16,7 @@ import zmq
 
 from lmcache.compiled import native
 from lmcache.config.hosts import duplicate, in_url, seconds_left
-from lmcache.errors import ServerUnavailable, WireError
+from lmcache.errors import ServerUnavailable, WireError, plainly
 from lmcache.observability.log import printable
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.wire import auth
@@ -91,7 +91,7 @@ class UnixCarrier:
             if self.descriptor >= 0:
                 os.close(self.descriptor)
             shown = printable(path.replace("\0", "@"), 200)  # an abstract socket name is written with an @
-            raise ServerUnavailable(f"{shown}: {error}") from error
+            raise ServerUnavailable(f"{shown}: {plainly(error)}") from error
 
     def exchange(
         self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()
@@ -178,7 +178,7 @@ class ZmqCarrier:
             self._socket.connect(f"tcp://{in_url(self.host)}:{self.port}")
         except zmq.ZMQError as error:
             self.close()
-            raise ServerUnavailable(f"{address}: {error}") from error
+            raise ServerUnavailable(f"{address}: {plainly(error)}") from error
 
     def exchange(
         self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()

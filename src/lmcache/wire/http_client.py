@@ -12,7 +12,7 @@ import urllib.parse
 from typing import Any, Literal
 
 from lmcache.config.hosts import connect, seconds_left
-from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
+from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable, plainly
 from lmcache.wire.knock import ZMQ, ZMQ_SPEAKS_FIRST, Listener, knock
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -71,7 +71,7 @@ def _call(
             ) from None
         if spoken == "HTTP" and parts.scheme == "https":
             raise ServerRefused(f"{url} speaks HTTP without TLS: pass --url http://{parts.netloc}") from None
-        why = f"no answer within {deadline:g} s" if late else f"{error}"
+        why = f"no answer within {deadline:g} s" if late else plainly(error)
         if late and not isinstance(error, _NoConnection):
             later = " (it may still do what it was asked to, once it goes on)" if method != "GET" else ""
             raise ServerUnavailable(
@@ -146,10 +146,10 @@ def _spoken(parts: urllib.parse.SplitResult) -> Listener | Literal[""]:
 
 
 def _parts(url: str) -> urllib.parse.SplitResult:
-    parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
     try:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return parts
     except ValueError:
-        pass  # the port is not a number
+        pass  # the port is not a number, or a bracket is missing
     raise ConfigError(f"--url {url}: must be like {DEFAULT_URL}")

@@ -10,7 +10,7 @@ import os
 import socket
 from pathlib import Path
 
-from lmcache.errors import ConfigError
+from lmcache.errors import ConfigError, plainly
 
 UNIX = "unix://"
 _BACKLOG = 128
@@ -70,7 +70,9 @@ def listen_unix(path: Path) -> socket.socket:
         raise ConfigError(f"another server listens at {path}: stop it, or give this one another name") from error
     except OSError as error:
         listener.close()
-        raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}: pass another directory") from error
+        raise ConfigError(
+            f"--socket-dir {directory}: cannot listen there: {plainly(error)}: pass another directory"
+        ) from error
     except ConfigError:
         listener.close()
         raise
