@@ -282,5 +282,6 @@ def _users(told: Told) -> Iterator[Finding]:
         + ("; it serves engines of every user that have its key" if by_key and not same else ""),
         ""
         if same or by_key
-        else f"run engines as uid {theirs} (`docker run --user {theirs}`), or give server and engines an --auth-key-file",
+        else f"run engines as uid {theirs} (`docker run --user {theirs}`), or start the server with --allow-uid {ours} and "
+        f"engines with LMCACHE_ALLOW_SERVER_UID={theirs}, or give both an --auth-key-file",
     )

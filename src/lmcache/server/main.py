@@ -250,7 +250,13 @@ def _open_doors(
         started.callback(UnixEndpoint(loop, service, owner.listener, None).close)
     else:
         path = config.socket_dir / f"{service.sessions.server_id.hex()[:16]}.sock"
-        started.callback(UnixEndpoint(loop, service, listen_unix(path), path).close)
+        users, groups = config.allow_uid, config.allow_gid
+        only_group = groups[0] if len(groups) == 1 and not users else -1
+        listener = listen_unix(path, bool(users or groups), only_group)
+        started.callback(UnixEndpoint(loop, service, listener, path, users, groups).close)
+        if users or groups:
+            who = [*(f"user {one}" for one in users), *(f"group {one}" for one in groups)]
+            logger.info("Engines of %s may map L1, too, and read and overwrite all of it", ", ".join(who))
         config = dataclasses.replace(config, port=_open_port(config, loop, service, started))
     if owner is not None and not owner.http:
         return config, None
