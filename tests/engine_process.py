@@ -248,9 +248,8 @@ def become(uid: int = -1, *gids: int) -> None:
     since that user may not read the interpreter's files."""
     if uid < 0:
         return
+    import encodings.idna  # noqa: F401
     import os
-
-    import encodings.idna
     import stringprep  # noqa: F401
 
     import blake3  # noqa: F401
