@@ -85,6 +85,20 @@ def server(folders: Callable[[str], Path]) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
+def hanging(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The FIFO of a `hanging_tier`, which is installed for all servers that are started."""
+    folder = folders("/tmp")
+    told = folder / "hanging_tier-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: hanging-tier\nVersion: 1.0\n")
+    (told / "entry_points.txt").write_text("[lmcache.tiers]\nhanging = hanging_tier:HangingTier\n")
+    shutil.copy(Path(__file__).with_name("hanging_tier.py"), folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
+    os.mkfifo(folder / "fifo")
+    return folder / "fifo"
+
+
+@pytest.fixture
 def unanswered(monkeypatch: pytest.MonkeyPatch) -> list[m.Message]:
     """The requests of this process's engines that no server answered, each of which cost its caller a deadline at most. What a
     link says while it looks for a server is not among them: nobody waits for that."""

@@ -246,6 +246,26 @@ def pause_once(copier: Any, what: str, midway: Callable[[], None]) -> None:
     setattr(copier, what, paused)
 
 
+def become(uid: int = -1, *gids: int) -> None:
+    """Go on as another user, with these groups, the first of them the effective one. What is imported later is imported before,
+    since that user may not read the interpreter's files."""
+    if uid < 0:
+        return
+    import encodings.idna  # noqa: F401
+    import os
+    import stringprep  # noqa: F401
+
+    import blake3  # noqa: F401
+    import zmq  # noqa: F401
+
+    import lmcache.engine.embedded
+    import lmcache.engine.worker  # noqa: F401
+
+    os.setgroups(gids)
+    os.setgid(gids[0])
+    os.setuid(uid)
+
+
 def main() -> None:
     def say(answer: Any) -> None:
         sys.stdout.write(json.dumps(answer) + "\n")  # at once: the log goes to the same pipe
@@ -255,7 +275,9 @@ def main() -> None:
         say({"midway": True})
         assert json.loads(sys.stdin.readline()) == {"go": True}
 
-    engine = Engine(**json.loads(sys.argv[1])).connect()
+    config = json.loads(sys.argv[1])
+    become(*config.pop("user", ()))
+    engine = Engine(**config).connect()
     say("ready")
     held: list[Hit] = []
     while line := sys.stdin.readline():

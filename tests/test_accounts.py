@@ -229,7 +229,7 @@ def test_records_keep_the_latest_and_page() -> None:
 def kept(most_bytes: int = 1 << 20, tiers: tuple[str, ...] = ("disk",)) -> tuple[Events, Accounts]:
     """Accounts that remember, and the stream that they listen to."""
     events = Events()
-    return events, Accounts(events, CHUNK, lambda: 100.0, lambda: 1e9, most_bytes, tiers)
+    return events, Accounts(events, CHUNK, lambda: 100.0, lambda: 1e9, most_bytes, dict(enumerate(tiers)))
 
 
 def tell_stored(events: Events, hashes: bytes) -> None:

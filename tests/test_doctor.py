@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import socket
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from engine_process import Engine
 from lmcache import __version__
 from lmcache.cli import doctor
 from lmcache.cli.main import main
+from lmcache.cli.status import screen
 from lmcache.config.server import ServerConfig
 from servers import Server
 from stores import RedisServer, binary_of
@@ -112,7 +114,15 @@ def test_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def status(**changes: Any) -> dict[str, Any]:
     """What a server shows that is not on this host."""
-    shown = {"version": __version__, "arena": {"path": "/nowhere"}, "engines": [], "tiers": [], **changes}
+    shown = {
+        "version": __version__,
+        "arena": {"path": "/nowhere"},
+        "engines": [],
+        "tiers": [],
+        "config": {},
+        "wall_seconds": time.time(),
+        **changes,
+    }
     return {"url": "u", "health": {"status": "healthy"}, "status": shown, "why": ""}
 
 
@@ -137,3 +147,28 @@ def test_another_user_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     keyed = status(arena={"path": str(tmp_path)}, config={"auth-key-file": "/key"})
     found = findings(doctor.serving(keyed))
     assert found["user"].state == "note" and not found["user"].remedy, "as an engine with the key, or root, may"
+
+
+STRANGE: list[dict[str, Any]] = [
+    {"version": "0.1"},
+    {"version": None, "arena": [], "engines": {}, "tiers": "none", "config": 7, "wall_seconds": "noon"},
+    {
+        "version": "9",
+        "engines": [{}, None],
+        "tiers": [{"name": "disk"}],
+        "arena": {"path": "/\0"},
+        "counters": {},
+        "index": 1,
+    },
+]
+"""What servers of other versions, or other programs, may show."""
+
+
+@pytest.mark.parametrize("shown", STRANGE)
+def test_a_server_that_tells_less_is_said_to_do_so(shown: dict[str, Any]) -> None:
+    answer = {"url": "u", "health": {"status": "healthy"}, "status": shown, "why": ""}
+    found = list(doctor.serving(answer))
+    assert found[-1].state == "wrong" and "does not tell" in found[-1].text
+    assert "does not tell" in (said := "".join(screen("u", shown, {"status": "healthy"}))) and "uptime_seconds" in said
+    lines = list(screen("u", shown, {"status": "healthy"}))
+    assert lines[0].startswith("server    u is healthy")

@@ -251,8 +251,8 @@ def test_no_request_is_slower_than_computing_by_more_than_the_slack(seed: int, p
 def _again(world: World) -> World:
     """The same tiers with the same pace, nothing under way."""
     fresh = World(*world.tiers)
-    fresh.fetches.paces[:] = world.fetches.paces
-    for pace in fresh.fetches.paces:
+    fresh.fetches.paces.update(world.fetches.paces)
+    for pace in fresh.fetches.paces.values():
         pace._running = 0
     fresh.has = world.has
     return fresh
@@ -497,6 +497,30 @@ def test_chunks_of_a_load_that_hangs_come_from_another_tier_and_nobody_waits_for
     assert world.poll(prompt) == 2, "its late return takes nothing from the load that is under way now"
 
 
+def test_what_a_detached_tier_was_asked_for_is_missing_and_it_is_never_asked_again() -> None:
+    prompts = [chain(8, seed) for seed in (1, 2)]
+    world = World((None, None), (1.0, 1e9), always=True, batch_chunks=2)
+    for prompt in prompts:
+        world.has[0].update(keys(prompt))
+        world.has[1].update(keys(prompt))
+    assert world.poll(prompts[0], request="asks") == 8, "the second tier has not answered"
+    world.fetches.detach(world.now, 1)
+    world.carry_out()
+    assert len(world.fetches._running[0]) == 2 and world.fetches._queues[0], "the first tier loads what it can"
+    world.fetches.detach(world.now, 0)
+    loads = list(world.loads)
+    assert not any(one for one in world.fetches._queues.values())
+    for load in loads:
+        world.end(load, 0)
+    assert world.poll(prompts[0], request="asks") == 0
+    record = world.fetches.records[-1]
+    assert record.left_out == {0: "removed", 1: "removed"}
+    assert not world.fetches._tiers and not world.fetches._running and not world.fetches.paces
+    asks = len(world.asks)
+    assert world.poll(prompts[1]) == 0 and (len(world.asks), len(world.loads)) == (asks, len(loads))
+    assert world.fetches.attach(TierTraits(1 << 20, 2, lambda now: True, 512)) == 2, "no number is used again"
+
+
 def test_chunks_of_a_load_that_is_late_come_from_another_tier() -> None:
     world, prompt = World((None, 0.0), (None, 1e9), always=True), chain(2)
     for has in world.has:
@@ -508,7 +532,7 @@ def test_chunks_of_a_load_that_is_late_come_from_another_tier() -> None:
     world.serving[0] = False
     assert world.wait_for(prompt) < 0.1 and world.leading(prompt) == 2
     world.end(hung, 0)
-    assert not any(world.fetches._running)
+    assert not any(world.fetches._running.values())
 
 
 def test_a_load_has_no_more_shards_than_its_tier_takes() -> None:
@@ -595,7 +619,7 @@ def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(
     for seconds in (11.0, 2.0):  # longer than any patience; the loads that are left never return
         now += seconds
         fetches.tick(now)
-    assert not (fetches._fetches or fetches._by_request or fetches._under_way or any(fetches._queues))
+    assert not (fetches._fetches or fetches._by_request or fetches._under_way or any(fetches._queues.values()))
     assert not fetches._waited_for
     assert fetches.counters["fetches"] == len(fetches.records) == len(begun)
     assert fetches.counters["arrived"] == sum(record.arrived_chunks for record in fetches.records)
@@ -603,7 +627,7 @@ def test_a_fetch_has_one_record_and_leaves_nothing_behind_whatever_its_tiers_do(
     assert ends + sum(record.outcome in ("arrived", "failed") for record in fetches.records) == len(begun)
     for load in loads:
         end(load)
-    assert not any(fetches._running)
+    assert not any(fetches._running.values())
 
 
 def test_the_end_of_a_request_looks_at_no_fetch_of_another_one(monkeypatch: pytest.MonkeyPatch) -> None:

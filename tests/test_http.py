@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lmcache import __version__
 from lmcache.config import ServerConfig
 from lmcache.errors import ConfigError
-from lmcache.server import http
+from lmcache.server import http, http_sockets
 from lmcache.server.history import COUNTERS, GAUGES, INTERVAL_SECONDS, SAMPLES, History
 from lmcache.server.http import HttpEndpoint, why_refused
 from lmcache.server.metrics import families
@@ -34,7 +34,7 @@ get, post = partial(httpx.get, timeout=PATIENCE), partial(httpx.post, timeout=PA
 def patient_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine makes no server unhealthy: tests of these bounds set their own."""
     monkeypatch.setattr(http, "_CONTROL_SECONDS", PATIENCE)
-    monkeypatch.setattr(http, "_REQUEST_SECONDS", PATIENCE)
+    monkeypatch.setattr(http_sockets, "_REQUEST_SECONDS", PATIENCE)
     monkeypatch.setattr(http, "_START_SECONDS", PATIENCE)
 
 
@@ -372,8 +372,8 @@ def test_headers_and_bodies_are_bounded(served: Served) -> None:
 
 
 def test_an_idle_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_REQUEST_SECONDS", 0.2)
-    monkeypatch.setattr(http, "_CONNECTION_SECONDS", 3600.0)
+    monkeypatch.setattr(http_sockets, "_REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(http_sockets, "_CONNECTION_SECONDS", 3600.0)
     served = Served()
     try:
         assert raw(served, b"GET /healthcheck HTTP/1.1\r\nHost:") == b""
@@ -382,7 +382,7 @@ def test_an_idle_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_connection_whose_answer_nobody_reads_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_CONNECTION_SECONDS", 0.5)
+    monkeypatch.setattr(http_sockets, "_CONNECTION_SECONDS", 0.5)
     served = Served()
     served.server.fetches = lambda: [{"much": "x" * (16 << 20)}]  # type: ignore[method-assign]
     try:
@@ -397,8 +397,10 @@ def test_a_connection_whose_answer_nobody_reads_ends(monkeypatch: pytest.MonkeyP
 
 
 def test_other_hosts_cannot_take_all_connections(monkeypatch: pytest.MonkeyPatch, elsewhere: str) -> None:
-    monkeypatch.setattr(http, "_MOST_CONNECTIONS", 4)
-    monkeypatch.setattr(http, "_REQUEST_SECONDS", 10 * PATIENCE)  # none of them ends before the last one is refused
+    monkeypatch.setattr(http_sockets, "_MOST_CONNECTIONS", 4)
+    monkeypatch.setattr(
+        http_sockets, "_REQUEST_SECONDS", 10 * PATIENCE
+    )  # none of them ends before the last one is refused
     served = Served()
     held: list[socket.socket] = []
     try:

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,20 +40,6 @@ def valkey(folders: Callable[[str], Path]) -> Iterator[RedisServer]:
     store = RedisServer(binary_of("valkey"), folders("/tmp"))
     yield store
     store.end()
-
-
-@pytest.fixture
-def hanging(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The FIFO of a `hanging_tier`, which is installed for all servers that are started."""
-    folder = folders("/tmp")
-    told = folder / "hanging_tier-1.0.dist-info"
-    told.mkdir()
-    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: hanging-tier\nVersion: 1.0\n")
-    (told / "entry_points.txt").write_text("[lmcache.tiers]\nhanging = hanging_tier:HangingTier\n")
-    shutil.copy(Path(__file__).with_name("hanging_tier.py"), folder)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
-    os.mkfifo(folder / "fifo")
-    return folder / "fifo"
 
 
 def tiers_of(server: Server) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,9 @@ from lmcache.config.options import integer
 from lmcache.errors import ConfigError
 from lmcache.tiers import Shard, ShardKey, Tier, Usage
 from lmcache.tiers.adapters import url_of_adapter
-from lmcache.tiers.registry import make_tier, make_tiers, schemes, tiers_of
+from lmcache.tiers.registry import make_tier, make_tiers, schemes
 from lmcache.tiers.url import parse_url, read_secret
+from servers import Server
 
 GIB = 1 << 30
 
@@ -287,10 +288,9 @@ def test_nixls_stores_are_served_by_ours_and_a_line_says_so(text: str, url: str)
     assert ("no effect" in line) == any(name in text for name in ("pool_size", "persist_enabled", "num_workers"))
 
 
-def test_the_line_of_a_translated_adapter_is_the_servers_warning(tmp_path: Path) -> None:
-    text = f'{{"type": "nixl_store", "backend_params": {{"file_path": "{tmp_path}"}}}}'
-    plain, served = tiers_of([f"dir://{tmp_path}"], [text])
-    assert not plain.warning and "nixl_store with POSIX is served by disk://" in served.warning
+def test_the_server_logs_the_line_of_a_translated_adapter(servers: Callable[..., Server], tmp_path: Path) -> None:
+    text = f'{{"type": "nixl_store", "backend_params": {{"file_path": "{tmp_path}"}}, "max_capacity_gb": 1}}'
+    servers(flags=("--l2-adapter", text)).said_once("nixl_store with POSIX is served by disk://")
 
 
 @pytest.mark.parametrize(

@@ -29,3 +29,8 @@ class ServerUnavailable(LMCacheError):
 
 class ServerRefused(LMCacheError):
     """The server understood the request and answered it with an error."""
+
+
+def plainly(error: BaseException) -> str:
+    """Return what went wrong without the number and the path that Python puts around it."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from sys import byteorder
+from types import MappingProxyType
 from typing import NamedTuple
 
 from lmcache.cache.claims import SERVER
@@ -21,7 +22,7 @@ from lmcache.cache.events import Event, Events
 from lmcache.cache.reasons import REASONS, SOURCES
 from lmcache.cache.records import Record, Records
 from lmcache.cache.seen import CLEARED, ENTRY_BYTES, EVICTED, LOST, STORED, Known, Seen, keys_of
-from lmcache.cache.waits import AWAITED, NO_GAIN, FetchRecord
+from lmcache.cache.waits import AWAITED, NO_GAIN, PAUSED, REMOVED, FetchRecord
 from lmcache.chunks import HASH_BYTES
 
 MOST_WAITING = 65536
@@ -71,7 +72,7 @@ class Accounts:
         chunk_tokens: tokens of a chunk.
         now, wall: the clocks of events and of people.
         most_bytes: memory for records and for what has become of chunks; 0 remembers nothing, and only counts.
-        tiers: the names of the tiers, nearest first.
+        tiers: the names of the tiers by their numbers, as they change.
         who: returns the engine and the model of a process.
         indexed: returns of a space, hashes and a first chunk how many of the chunks from there on the index of L1 holds, and why
             the first of them is not complete; "" if it is.
@@ -84,12 +85,12 @@ class Accounts:
         now: Callable[[], float],
         wall: Callable[[], float],
         most_bytes: int = 0,
-        tiers: Sequence[str] = (),
+        tiers: Mapping[int, str] = MappingProxyType({}),
         who: Callable[[int], tuple[str, str]] = lambda process: ("", ""),
         indexed: Callable[[int, bytes, int], tuple[str, int]] = lambda space, hashes, first: ("", 0),
     ) -> None:
         self.requested = 0
-        self.found = Counter(dict.fromkeys((*SOURCES, *tiers), 0))
+        self.found = Counter(dict.fromkeys((*SOURCES, *tiers.values()), 0))
         """Tokens by source."""
         self.missed = Counter(dict.fromkeys(REASONS, 0))
         """Tokens by reason."""
@@ -100,7 +101,7 @@ class Accounts:
         self._texts = OrderedDict[bytes, Twin]()
         """Hash of a first chunk's tokens alone -> who asked for it last and has stored it."""
         self._most_texts = most_bytes // 32 // _TEXT_BYTES
-        self._chunk_tokens, self._now, self._wall, self._tiers, self._who = chunk_tokens, now, wall, list(tiers), who
+        self._chunk_tokens, self._now, self._wall, self._tiers, self._who = chunk_tokens, now, wall, tiers, who
         self._indexed = indexed
         self._arrived: dict[int, str] = {}
         """Chunks that were stored while a lookup waited -> by whom."""
@@ -350,7 +351,15 @@ class Accounts:
         reason: str, chunk: int, known: Known | None, fetch: FetchRecord | None,
     ) -> None:  # fmt: skip
         wall, gone, used, wanted_by, told = self._wall(), 0.0, 0.0, -1, ""
-        if known is not None and reason in ("evicted", "cleared", "not_stored", "tier_down", "tier_slow"):
+        if known is not None and reason in (
+            "evicted",
+            "cleared",
+            "not_stored",
+            "tier_down",
+            "tier_removed",
+            "tier_paused",
+            "tier_slow",
+        ):
             offset, wanted_by = wall - self._now(), known.wanted_by
             gone = offset + (known.when if known.state in (EVICTED, LOST) or known.cleared is None else known.cleared)
             used = offset + known.used if known.used is not None else 0.0
@@ -368,7 +377,7 @@ class Accounts:
 
     def _described(self, fetch: FetchRecord) -> dict[str, object]:
         def name(tier: int) -> str:
-            return "other engines" if tier == AWAITED else self._tiers[tier]
+            return "other engines" if tier == AWAITED else self._tiers.get(tier, REMOVED)
 
         return {
             "outcome": fetch.outcome,
@@ -399,6 +408,8 @@ def _gone_reason(state: int, fetch: FetchRecord | None) -> str:
     whys = set(fetch.left_out.values()) if fetch is not None and not fetch.planned else set()
     if whys & {"not serving", "failed"}:
         return "tier_down"
+    if whys & {REMOVED, PAUSED}:
+        return "tier_removed" if REMOVED in whys else "tier_paused"
     if fetch is not None and fetch.outcome == "too many":
         return "tier_busy"
     return "tier_slow" if "late answer" in whys else "tier_not_worth" if whys else "evicted"
@@ -412,6 +423,8 @@ def _fetch_reason(fetch: FetchRecord) -> str:
         failures = {name.partition(":")[2] for name in fetch.events if name.startswith("load_failed")}
         if failures & set(_DAMAGE):
             return "damaged"
+        if REMOVED in fetch.left_out.values():
+            return "tier_removed"
         return "tier_down" if fetch.outcome == "failed" else "tier_slow"
     if awaited and fetch.outcome in (NO_GAIN, "late", "patience"):
         return "awaited_in_vain"

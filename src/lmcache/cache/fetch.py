@@ -17,12 +17,25 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import NamedTuple
 
 from lmcache.cache.events import Event
+from lmcache.cache.load_cost import Pace
 from lmcache.cache.promises import NOTHING, Coming
-from lmcache.cache.waits import AWAITED, BROKEN, NO_GAIN, Fetch, FetchRecord, Load, Pending, TierTraits, Waits, Wanted
+from lmcache.cache.waits import (
+    AWAITED,
+    BROKEN,
+    NO_GAIN,
+    REMOVED,
+    Fetch,
+    FetchRecord,
+    Load,
+    Pending,
+    TierTraits,
+    Waits,
+    Wanted,
+)
 from lmcache.chunks import HASH_BYTES, split_hashes
 
 ENDED_SECONDS = 1.0
@@ -36,8 +49,8 @@ FOLLOWED_CHUNKS = 16384
 PROBE_SECONDS = 15.0
 """Time between loads that only measure whether a slow tier has become faster."""
 _TOO_SLOW = "too slow to ask"
-Knowers = Sequence[Callable[[bytes], Sequence[bool] | None]]
-"""For each tier, a function that answers which of these chunk hashes it has without I/O, or None."""
+Knowers = Mapping[int, Callable[[bytes], Sequence[bool] | None]] | Sequence[Callable[[bytes], Sequence[bool] | None]]
+"""For each tier by its number, a function that answers which of these chunk hashes it has without I/O, or None."""
 
 
 class Ask(NamedTuple):
@@ -56,7 +69,8 @@ class Ended(NamedTuple):
 
 
 class Fetches:
-    """All fetches from these tiers, nearest first.
+    """All fetches from these tiers, nearest first; their numbers begin with 0. A tier that is attached later gets a number
+    that no tier has had before.
 
     always: load whatever a tier has, and wait up to `patience_seconds`. Otherwise load only if that is faster than computing.
     """
@@ -70,22 +84,59 @@ class Fetches:
         """Records of ended fetches, the latest one last."""
         self.last: FetchRecord | None = None
         """With the latest decision."""
-        self._tiers, self._waits = tiers, Waits(tiers, always, patience_seconds)
+        self._tiers: dict[int, TierTraits] = {}
+        """By number: the attached tiers, and detached ones from which loads have not returned."""
+        self._order: list[int] = []
+        """The attached tiers, nearest first."""
+        self._waits = Waits(self._tiers, always, patience_seconds)
         self.paces = self._waits.paces
         self._numbers = itertools.count(1)
         self._fetches: dict[int, Fetch] = {}
         self._by_request: dict[tuple[int, bytes], Fetch] = {}
         self._waited_for: defaultdict[tuple[int, str], set[Fetch]] = defaultdict(set)
         """(process, request) -> the open fetches that it waits for, or has waited for."""
-        self._queues = [OrderedDict[int, Pending]() for _ in tiers]
+        self._queues: dict[int, OrderedDict[int, Pending]] = {}
         """Loads that have not begun, by number."""
-        self._queued_chunks = [0] * len(tiers)
-        self._running: list[dict[int, Pending]] = [{} for _ in tiers]
+        self._queued_chunks = Counter[int]()
+        self._running: dict[int, dict[int, Pending]] = {}
         """Loads that have begun and not returned, by number."""
         self._under_way: dict[tuple[int, bytes], Pending] = {}
         """(space, chunk hash) -> the queued or running load of the chunk; hanging loads are not in it."""
         self._followed: OrderedDict[tuple[int, bytes], Pending] = OrderedDict()
         """(space, chunk hash) -> the last load of the chunk that has begun, until L1 loses the chunk."""
+        self._tier_numbers = itertools.count()
+        for one in tiers:
+            self.attach(one)
+
+    def attach(self, traits: TierTraits, place: int | None = None) -> int:
+        """Ask this tier, too, from the next fetch on. Return its number. place: so many tiers are nearer; None: all."""
+        tier = next(self._tier_numbers)
+        self._order.insert(len(self._order) if place is None else place, tier)
+        self._tiers[tier], self.paces[tier] = traits, Pace()
+        self._queues[tier], self._running[tier] = OrderedDict(), {}
+        return tier
+
+    def detach(self, now: float, tier: int) -> None:
+        """Ask the tier nothing more. Fetches go on without its answers and its queued loads, and note why; the loads that run
+        may still bring what they load, until `loaded` is called for each."""
+        self._order.remove(tier)
+        for pending in list(self._queues[tier].values()):
+            for fetch in pending.waiters:
+                fetch.record.left_out[tier] = REMOVED
+            self._unqueue(pending)
+            self._forget(pending)
+        for pending in self._running[tier].values():
+            for fetch in pending.waiters:
+                fetch.record.left_out[tier] = REMOVED
+        for fetch in [one for one in self._fetches.values() if tier in one.unanswered]:
+            self.answered(now, fetch.number, tier, None, 0.0)
+            fetch.record.left_out[tier] = REMOVED
+        self._drop_detached(tier)
+
+    def _drop_detached(self, tier: int) -> None:
+        if tier not in self._order and not self._running[tier]:
+            del self._tiers[tier], self.paces[tier], self._queues[tier], self._running[tier]
+            self._queued_chunks.pop(tier, None)
 
     @property
     def numbered(self) -> Sized:
@@ -152,7 +203,7 @@ class Fetches:
 
     def answered(self, now: float, number: int, tier: int, present: Sequence[bool] | None, seconds: float) -> None:
         """Take a tier's answer to an `Ask`, which took `seconds`; None if the tier failed."""
-        if present is not None:
+        if present is not None and tier in self.paces:
             self.paces[tier].answered(seconds)
         fetch = self._fetches.get(number)
         if fetch is None or tier not in fetch.unanswered:
@@ -170,6 +221,7 @@ class Fetches:
         self.paces[load.tier].ended(now, size_bytes)
         self._forget(self._running[load.tier].pop(load.number))
         self._pump(now, load.tier)
+        self._drop_detached(load.tier)
 
     def late(self, load: Load) -> None:
         """Note that a running load has passed its deadline, so its chunks will not be used. It counts as running until `loaded`
@@ -182,7 +234,7 @@ class Fetches:
             pending = self._followed.get((event.space, key))
             if pending is None:
                 continue
-            evicted, of_load = event.kind == "evicted", event.tier == self._tiers[pending.load.tier].name
+            evicted, of_load = event.kind == "evicted", event.tier == pending.tier_name
             if evicted or of_load:
                 pending.events[f"{event.kind}:{event.reason}" if event.reason else event.kind] += 1
             if evicted or (event.kind == "stored" and not of_load):  # what an engine has stored was not loaded
@@ -215,7 +267,7 @@ class Fetches:
                 self._end(now, fetch, "patience")
             if now - fetch.record.ended > ENDED_SECONDS:
                 self._drop(fetch)
-        for running in self._running:
+        for running in self._running.values():
             for pending in running.values():
                 if pending.began is not None and now - pending.began > self._waits.patience_seconds:
                     self._forget(pending)
@@ -225,9 +277,10 @@ class Fetches:
     def _begin(self, now: float, fetch: Fetch, known: Knowers) -> None:
         self._fetches[fetch.number] = self._by_request[fetch.wanted.key] = fetch
         missing = fetch.wanted.hashes[fetch.first * HASH_BYTES :]
-        for tier, traits in enumerate(self._tiers):
+        for tier in self._order:
+            traits = self._tiers[tier]
             if not traits.usable(now):
-                fetch.record.left_out[tier] = "not serving"
+                fetch.record.left_out[tier] = traits.why_not()
             elif self._waits.too_slow_to_ask(tier, fetch):
                 fetch.record.left_out[tier] = _TOO_SLOW
             elif (answer := known[tier](missing)) is not None:
@@ -241,13 +294,15 @@ class Fetches:
     def _plan(self, now: float, fetch: Fetch) -> None:
         """Choose the tier of each chunk, decide whether to load, and queue the loads."""
         sources: list[int] = []
+        has = [tier for tier in self._order if tier in fetch.has]
         for at in range(fetch.missing):
-            source = next((tier for tier in sorted(fetch.has) if fetch.has[tier][at]), AWAITED)
+            source = next((tier for tier in has if fetch.has[tier][at]), AWAITED)
             if source == AWAITED and at >= fetch.coming.chunks:
                 break
             sources.append(source)
         if not sources:
-            asks = [self.paces[tier].ask_seconds for tier, why in fetch.record.left_out.items() if why == _TOO_SLOW]
+            slow = (tier for tier, why in fetch.record.left_out.items() if why == _TOO_SLOW)
+            asks = [self.paces[tier].ask_seconds for tier in slow if tier in self.paces]
             if asks:
                 fetch.decided(min(one or 0.0 for one in asks), fetch.recompute_missing_seconds, good=False)
                 self._log_decision(fetch)
@@ -300,7 +355,8 @@ class Fetches:
                 parent = fetch.hash_of(chunk - 1) if chunk else b""
                 request = next(iter(fetch.record.requests), "")
                 load = Load(next(self._numbers), tier, fetch.wanted.space, parent, not chunk, b"".join(hashes), request)
-                self._queues[tier][load.number] = pending = Pending(load, fetch.record.events)
+                pending = Pending(load, fetch.record.events, self._tiers[tier].name)
+                self._queues[tier][load.number] = pending
                 self._queued_chunks[tier] += len(hashes)
                 self._under_way.update(dict.fromkeys(pending.keys, pending))
                 self._wait(fetch, pending)

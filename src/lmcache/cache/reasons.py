@@ -70,6 +70,14 @@ REASONS: dict[str, Reason] = {
         "The chunks were evicted from L1, and a tier that may have them did not serve or failed.",
         "`lmcache describe tiers` and `lmcache doctor` say what is wrong with the tier.",
     ),
+    "tier_removed": Reason(
+        "The chunks were evicted from L1, and a tier that may have them was removed while the lookup waited for it.",
+        "Nothing: an operator has removed the tier (`lmcache tier remove`, or SIGHUP with another configuration).",
+    ),
+    "tier_paused": Reason(
+        "The chunks were evicted from L1, and a tier that may have them is paused.",
+        "`lmcache tier resume NAME`, once the work on the store is done.",
+    ),
     "tier_busy": Reason(
         "Too many lookups were waiting for tiers at the same time.",
         "Use fewer requests at a time, or a faster tier.",

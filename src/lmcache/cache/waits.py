@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,6 +35,8 @@ MAX_WAITING = 1024
 AWAITED = -1
 """In place of the number of a tier: another engine computes or stores the chunk."""
 NO_GAIN, BROKEN = "not worth it", "promise ended"
+REMOVED, PAUSED = "removed", "paused"
+"""Why a tier was left out: an operator has removed it while the fetch was under way, or has paused it."""
 _BATCH_SECONDS = 0.03
 _FIRST_BATCH_BYTES = 4 << 20
 _FAIR_TRY = 0.25
@@ -43,13 +45,14 @@ _FAIR_TRY = 0.25
 
 class TierTraits(NamedTuple):
     """Properties of a tier for planning. usable(now): whether it may be asked now. batch_shards: the most of one load. name: of
-    the tier, in events."""
+    the tier, in events. why_not(): why it may not be asked, where `usable` says so."""
 
     batch_bytes: int
     concurrency: int
     usable: Callable[[float], bool]
     batch_shards: int
     name: str = ""
+    why_not: Callable[[], str] = lambda: "not serving"
 
 
 class Wanted(NamedTuple):
@@ -210,6 +213,7 @@ class Pending:
 
     load: Load
     events: Counter[str]
+    tier_name: str = ""
     waiters: set[Fetch] = field(default_factory=set)
     began: float | None = None
 
@@ -221,8 +225,9 @@ class Pending:
 class Waits:
     """How long engines wait for fetches from these tiers, and for each other. The arguments are as in `Fetches`."""
 
-    def __init__(self, tiers: Sequence[TierTraits], always: bool, patience_seconds: float) -> None:
-        self.paces = [Pace() for _ in tiers]
+    def __init__(self, tiers: Mapping[int, TierTraits], always: bool, patience_seconds: float) -> None:
+        self.paces: dict[int, Pace] = {}
+        """By the number of the tier. `Fetches` adds and removes them."""
         self.patience_seconds = patience_seconds
         self._tiers, self._always = tiers, always
 
@@ -266,7 +271,7 @@ class Waits:
         expected = max(recompute * _FAIR_TRY if ask is None else 2 * ask for ask in seen)
         return min(ASK_SECONDS, expected + slack_seconds(recompute))
 
-    def _due(self, asked: float, fetch: Fetch, sources: list[int], queued: Sequence[int]) -> list[float | None]:
+    def _due(self, asked: float, fetch: Fetch, sources: list[int], queued: Mapping[int, int]) -> list[float | None]:
         """Return when each chunk is expected. The chunks of a batch arrive together, and concurrent batches may end together."""
         total, ahead = Counter(sources), Counter[int]()
         due: list[float | None] = []
@@ -289,7 +294,7 @@ class Waits:
         by_size = min(traits.batch_bytes, most) // fetch.wanted.chunk_bytes
         return max(1, min(by_size, traits.batch_shards // fetch.wanted.chunk_shards))
 
-    def worth_it(self, now: float, fetch: Fetch, sources: list[int], queued: Sequence[int]) -> bool:
+    def worth_it(self, now: float, fetch: Fetch, sources: list[int], queued: Mapping[int, int]) -> bool:
         """Decide whether to wait for these sources, and note that in the record. queued: chunks by tier that wait already."""
         fetch.record.planned = Counter(sources)
         fetch.due = due = self._due(now - fetch.began, fetch, sources, queued)

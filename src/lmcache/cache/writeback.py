@@ -52,13 +52,13 @@ class WriteQueue:
         self, max_bytes: int, batch_bytes: int, batch_shards: int, l1_bytes: int, on_evict: bool = False
     ) -> None:
         self.counters: Counter[str] = Counter()
-        """Chunks queued; chunks and bytes lost, by reason: `queue full`, `evicted` (from L1, before they were written) and
-        `cleared` (from L1 or from the tier)."""
+        """Chunks queued; chunks and bytes lost, by reason: `queue full`, `evicted` (from L1, before they were written),
+        `cleared` (from L1 or from the tier) and `tier removed`."""
         self.queued_bytes = 0
         self._max_bytes, self._batch_bytes, self._batch_shards = max_bytes, batch_bytes, batch_shards
         self._l1_bytes, self._kept_bytes = l1_bytes, 0
         self._on_evict = on_evict
-        self._clears = 0
+        self._clears, self._cleared_as = 0, "cleared"
         self._ready: deque[_Chunk] = deque()
         self._kept_back: deque[_Chunk] = deque()
 
@@ -147,7 +147,7 @@ class WriteQueue:
         if batch.again:
             return
         if batch.clears != self._clears:
-            self._lose("cleared", count, batch.size_bytes)
+            self._lose(self._cleared_as, count, batch.size_bytes)
             return
         for at in reversed(range(0, len(batch.hashes), HASH_BYTES)):
             cut = slice(at, at + HASH_BYTES)
@@ -160,11 +160,13 @@ class WriteQueue:
             if not last.again:
                 self._lose("queue full", 1, last.size_bytes)
 
-    def clear(self) -> None:
-        """Drop all chunks, since L1 or the tier has been cleared, and any batch taken earlier that is put back later."""
+    def clear(self, reason: str = "cleared") -> None:
+        """Drop all chunks, since L1 or the tier has been cleared, and any batch taken earlier that is put back later. They are
+        lost for this reason."""
+        self._cleared_as = reason
         for one in (*self._ready, *self._kept_back):
             if not one.again:
-                self._lose("cleared", 1, one.size_bytes)
+                self._lose(reason, 1, one.size_bytes)
         self._clears += 1
         self._ready.clear()
         self._kept_back.clear()

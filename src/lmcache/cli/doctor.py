@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lmcache import __version__
-from lmcache.cli.verbs import Verbs, add, add_token, add_url, token_of
+from lmcache.cli.told import Told, lacking
+from lmcache.cli.verbs import Verbs, add, add_token, add_url, size_text, token_of
 from lmcache.config.load import load
-from lmcache.config.options import GIB
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
 from lmcache.memory.huge_pages import mount_of, why_none
@@ -110,7 +110,7 @@ def machine(config: ServerConfig) -> Iterator[Finding]:
         *("locked memory", "ok" if unlimited else "note"),
         "unlimited"
         if unlimited
-        else f"limited to {_size(soft)}; an engine with a GPU locks the memory of L1 and copies slower beyond",
+        else f"limited to {size_text(soft)}; an engine with a GPU locks the memory of L1 and copies slower beyond",
         ""
         if unlimited
         else "`ulimit -l unlimited`, or `docker run --ulimit memlock=-1`, or in systemd `LimitMEMLOCK=infinity`",
@@ -146,7 +146,7 @@ def _shared_memory(directory: Path) -> Iterator[Finding]:
         return
     found, kind = os.statvfs(directory), mount_of(directory).kind
     total, free = found.f_blocks * found.f_frsize, free_bytes(directory)
-    text = f"{directory} ({kind}) has {_size(total)}, {_size(free)} of them free"
+    text = f"{directory} ({kind}) has {size_text(total)}, {size_text(free)} of them free"
     remedy = "`docker run --shm-size 20g`; in Kubernetes an emptyDir with `medium: Memory` at /dev/shm; else "
     remedy += f"`mount -o remount,size=20g {directory}` as root"
     if kind not in ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs", "unknown"):
@@ -169,8 +169,8 @@ def _memory() -> Finding:
     whole = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     left = memory_available_bytes()
     limited = left < whole * 0.95
-    text = f"{_size(left)} are available" + (
-        f" in this container or service; the machine has {_size(whole)}" if limited else ""
+    text = f"{size_text(left)} are available" + (
+        f" in this container or service; the machine has {size_text(whole)}" if limited else ""
     )
     return Finding(
         *("memory", "note" if limited else "ok", text),
@@ -216,16 +216,17 @@ def serving(server: dict[str, Any]) -> Iterator[Finding]:
             "pass --api-token-file, or run this on its host",
         )
         return
-    theirs = status.get("version")
+    told = Told(status)
+    theirs = told.text("version")
     yield Finding(
         *("server's version", "ok" if theirs == __version__ else "note"),
         f"{theirs}, and {__version__} here",
         "" if theirs == __version__ else "engines of another version are served; upgrade the older side when you can",
     )
-    yield _clock(status)
-    yield from _users(status)
-    engines = [one for one in status["engines"] if one["layout"]]
-    frames = [one for one in engines if one["payload_frames"]]
+    yield _clock(told)
+    yield from _users(told)
+    engines = [one for one in told.rows("engines") if one.given("layout")]
+    frames = [one for one in engines if one.given("payload_frames")]
     yield Finding(
         *("engines", "ok" if engines else "note"),
         f"{len(engines)} engine processes are connected" if engines else "no engine is connected",
@@ -240,17 +241,20 @@ def serving(server: dict[str, Any]) -> Iterator[Finding]:
             ),
             "if they are on this host, mount the server's --socket-dir into their containers at the same path",
         )
-    for tier in status["tiers"]:
-        good = tier["state"] == "serving"
+    for tier in told.rows("tiers"):
+        good = tier.text("state") == "serving"
         yield Finding(
-            *(f"tier {tier['name']}", "ok" if good else "wrong"),
-            f"{tier['url']}: {tier['state']}" + ("" if good else f": {tier['reason']}"),
+            *(f"tier {tier.text('name')}", "ok" if good else "wrong"),
+            f"{tier.text('url')}: {tier.text('state')}" + ("" if good else f": {tier.text('reason')}"),
             "" if good else "check whether the store runs, and the address and password in --l2",
         )
+    if wrong := lacking(told, theirs):
+        remedy = "install the same release on both sides, or pass the --url of `lmcache server`"
+        yield Finding("status", "wrong", f"{wrong}; these checks were left out", remedy)
 
 
-def _clock(status: dict[str, Any]) -> Finding:
-    apart = abs(RUNTIME.wall() - float(status.get("wall_seconds", RUNTIME.wall())))
+def _clock(told: Told) -> Finding:
+    apart = abs(RUNTIME.wall() - told.number("wall_seconds", RUNTIME.wall()))
     wrong = apart > _CLOCK_SECONDS
     return Finding(
         *("clock", "wrong" if wrong else "ok"),
@@ -263,24 +267,21 @@ def _clock(status: dict[str, Any]) -> Finding:
     )
 
 
-def _users(status: dict[str, Any]) -> Iterator[Finding]:
+def _users(told: Told) -> Iterator[Finding]:
     """Compare the users of the processes that this host shows."""
     try:  # the arena shows whether the server is on this host
-        ours, theirs = os.getuid(), Path(status["arena"]["path"]).stat().st_uid
-    except OSError:
+        ours, theirs = os.getuid(), Path(told.part("arena").text("path")).stat().st_uid
+    except (OSError, ValueError):
         yield Finding("user", "note", f"this is uid {os.getuid()}; the server's user is not visible here")
         return
-    same, config = theirs == ours, status.get("config", {})
-    by_key = bool(config.get("auth-key-file") or config.get("insecure-no-auth"))
+    same, config = theirs == ours, told.part("config")
+    by_key = config.given("auth-key-file") or config.given("insecure-no-auth")
     yield Finding(
         *("user", "ok" if same else "note" if by_key else "wrong"),
         f"the server runs as uid {theirs}, and this is uid {ours}"
         + ("; it serves engines of every user that have its key" if by_key and not same else ""),
         ""
         if same or by_key
-        else f"run engines as uid {theirs} (`docker run --user {theirs}`), or give server and engines an --auth-key-file",
+        else f"run engines as uid {theirs} (`docker run --user {theirs}`), or start the server with --allow-uid {ours} and "
+        f"engines with LMCACHE_ALLOW_SERVER_UID={theirs}, or give both an --auth-key-file",
     )
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes >> 20} MiB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -12,6 +13,8 @@ from lmcache import __version__
 from lmcache.cli import (
     bench,
     clear,
+    completion,
+    demo,
     describe,
     doctor,
     kvcache,
@@ -23,6 +26,8 @@ from lmcache.cli import (
     settings,
     size,
     status,
+    tier,
+    top,
     why,
 )  # fmt: skip
 from lmcache.config.given import nearest
@@ -49,6 +54,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Report an error; argparse calls this for anything that it cannot parse."""
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong is not None:
+            message = (
+                message[: wrong.start()] + f"{wrong[1]}: {nearest(wrong[1], re.findall(r'[a-z][a-z-]*', wrong[2]))}"
+            )
         self.exit(2, f"{self.prog}: error: {message} (try {self.prog} --help)\n")
 
 
@@ -58,7 +68,10 @@ def build_parser() -> Parser:
     parser = Parser("lmcache", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"lmcache {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    modules = server, status, ping, describe, why, doctor, predict, replay, size, clear, settings, bench, proxy, kvcache
+    modules = (
+        *(server, status, top, ping, describe, why, doctor, tier, predict, replay, size),
+        *(clear, settings, bench, demo, proxy, completion, kvcache),
+    )
     for module in modules:
         module.add_verb(verbs)
     return parser

@@ -23,7 +23,7 @@ examples:
 
 Each setting has a flag, a variable (in brackets above) and a key in the file. A flag overrides the variable, which
 overrides the file. Exit code 2: a setting is wrong, and nothing was created. SIGHUP reads the file again, and the
-server uses a new log level and a new API token at once; the log names what needs a restart.
+server uses a new log level, a new API token and other tiers at once; the log names what needs a restart.
 """
 
 

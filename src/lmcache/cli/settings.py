@@ -1,8 +1,10 @@
-"""`lmcache config check FILE`: print the settings that a server would have, and the source of each value."""
+"""`lmcache config check FILE`: print the settings that a server would have, and where they are from; `config import FILE`:
+translate those of the public project."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,25 +18,31 @@ _TEXT = """
 Read a configuration file together with the environment, as its user would, and print every setting with its source.
 The user is `lmcache server --config FILE`, or an engine with a server of its own (LMCACHE_CONFIG_FILE=FILE, in-process
 mode) where the file has names such as max_local_cpu_size. Secrets are not printed. Exit code 2: something is wrong
-with the file.
+with the file. import: write the settings of the public LMCache project (0.4, 0.5) as a file for `lmcache server`: an engine's
+YAML file, the operator's LMCacheEngine, or a manifest with a container that runs `lmcache server`. What is left out stands
+there as a comment with the reason. Passwords in URLs are kept, so an --output file is readable by its owner only.
 
 examples:
   lmcache config check /etc/lmcache.yaml
   lmcache config check --in-process lmcache.yaml
+  lmcache config import old-lmcache.yaml --output /etc/lmcache.yaml
 """
 
 
 def add_verb(verbs: Verbs) -> None:
     """Add `config` to the command line."""
-    parser = add(verbs, "config", run, "check a configuration file", _TEXT)
-    parser.add_argument("action", choices=("check",), help="Read the file and print the result.")
+    parser = add(verbs, "config", run, "check or import a configuration file", _TEXT)
+    parser.add_argument("action", choices=("check", "import"), help="check: print the result. import: translate.")
     parser.add_argument("file", metavar="FILE", help="YAML file with settings, one `key: value` a line.")
+    parser.add_argument("--output", metavar="FILE", help="import: write a new FILE (0600) instead of printing.")
     parser.add_argument("--in-process", action="store_true", help="Read it as an engine's file, whatever its keys.")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the name, the value and the source of each setting, and for an engine's those that are in effect or were given."""
     path = Path(arguments.file)
+    if arguments.action == "import":
+        return _import(path, arguments.output)
     settings: Settings | EngineSettings
     tiers: tuple[Sequence[str], Sequence[str]]
     if arguments.in_process or is_for_engines(path):
@@ -51,6 +59,27 @@ def run(arguments: argparse.Namespace) -> int:
     for warning in settings.warnings:
         print(f"warning: {warning}")
     _check_tiers(*tiers, source)
+    return 0
+
+
+def _import(path: Path, output: str | None) -> int:
+    from lmcache.cli import importing  # only this verb needs the import
+
+    found = importing.read(path)
+    text = "\n".join([f"# Made by `lmcache config import` from {path.name}.", *found.lines(), ""])
+    if output is None:
+        print(text, end="")
+        return 0
+    try:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be made: {error.strerror}: name a new file") from None
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+    print(
+        f"{output} has {len(found.settings)} settings; {len(found.dropped)} were left out, and stand there with the reasons."
+    )
+    print(f"Check it with `lmcache config check {output}`.")
     return 0
 
 

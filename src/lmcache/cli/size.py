@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmcache.cli.verbs import Verbs, add
+from lmcache.cli.verbs import Verbs, add, size_text
 from lmcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -169,18 +169,16 @@ def _print(found: dict[str, Any]) -> None:
         unit = "state" if "bytes_per_state" in one else "token"
         reach = f", the last {one['reach_tokens']:,} tokens of a chunk at most" if one["reach_tokens"] > 1 else ""
         print(f"{one['layers']:>4} layers  {one['kind']}: {one[f'bytes_per_{unit}']:,} bytes a {unit}{reach}")
-    print(f"KV in {found['kv_dtype']}, chunks of {found['chunk_tokens']} tokens: {_size(found['chunk_bytes'])} a chunk")
+    print(
+        f"KV in {found['kv_dtype']}, chunks of {found['chunk_tokens']} tokens: {size_text(found['chunk_bytes'])} a chunk"
+    )
     print(f"{found['bytes_per_token']:,} bytes a token")
     if "conversation_bytes" in found:
-        print(f"a conversation of {found['context_tokens']:,} tokens takes {_size(found['conversation_bytes'])}")
+        print(f"a conversation of {found['context_tokens']:,} tokens takes {size_text(found['conversation_bytes'])}")
     if "users_bytes" in found:
         print(
-            f"{found['users']:,} of them take {_size(found['users_bytes'])}: --l1-size-gb {found['users_bytes'] / 2**30:.1f}"
+            f"{found['users']:,} of them take {size_text(found['users_bytes'])}: --l1-size-gb {found['users_bytes'] / 2**30:.1f}"
         )
     if "l1_tokens" in found:
         held = f", {found['l1_conversations']:,} such conversations" if "l1_conversations" in found else ""
-        print(f"an L1 of {_size(found['l1_bytes'])} holds {found['l1_tokens']:,} tokens{held}")
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB" if count >= 1 << 30 else f"{count / 2**20:,.2f} MiB"
+        print(f"an L1 of {size_text(found['l1_bytes'])} holds {found['l1_tokens']:,} tokens{held}")

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lmcache.cli.verbs import Verbs, add, add_token, add_url, token_of
+from lmcache.cli.told import Told, lacking
+from lmcache.cli.verbs import Verbs, add, add_token, add_url, size_text, token_of
 from lmcache.errors import ServerUnavailable
 from lmcache.observability.log import printable
 from lmcache.wire.http_client import ask
@@ -48,23 +49,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 def screen(url: str, status: Mapping[str, Any], health: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines. status, health: what /status and /healthcheck have answered."""
-    counters, arena, index = status["counters"], status["arena"], status["index"]
-    state = f"{health.get('status')}{': ' + str(health['reason']) if health.get('reason') else ''}"
-    yield f"server    {url} is {state}; version {status['version']}, up {_duration(status['uptime_seconds'])}"
-    used, total = arena["used_bytes"], arena["bytes"]
+    told, condition = Told(status), Told(health)
+    counters, arena, index = told.part("counters"), told.part("arena"), told.part("index")
+    state = condition.text("status") + (f": {condition.text('reason')}" if condition.given("reason") else "")
+    yield f"server    {url} is {state}; version {told.text('version')}, up {_duration(told.number('uptime_seconds'))}"
+    used, total = arena.number("used_bytes"), arena.number("bytes")
     yield (
-        f"L1        {_size(used)} of {_size(total)} used ({used / total:.0%}), {index['chunks']} chunks of "
-        f"{status['chunk_size']} tokens; {counters['evicted_chunks_total']:.0f} evicted so far"
+        f"L1        {size_text(used)} of {size_text(total)} used ({used / max(1.0, total):.0%}), {index.text('chunks')} chunks "
+        f"of {told.text('chunk_size')} tokens; {counters.number('evicted_chunks_total'):.0f} evicted so far"
     )
-    hits, misses = counters["hit_chunks_total"], counters["missed_chunks_total"]
+    hits, misses = counters.number("hit_chunks_total"), counters.number("missed_chunks_total")
     ratio = f"{hits / (hits + misses):.0%} of the chunks asked for" if hits + misses else "nothing asked for yet"
     yield f"hits      {ratio} ({hits:.0f} found, {misses:.0f} not)"
     yield (
-        f"tokens    {counters['retrieved_tokens_total']:.0f} loaded by engines, {counters['stored_tokens_total']:.0f} stored"
+        f"tokens    {counters.number('retrieved_tokens_total'):.0f} loaded by engines, "
+        f"{counters.number('stored_tokens_total'):.0f} stored"
     )
-    yield from _listed("engines", [_engine(one) for one in status["engines"]], "no engine process is connected")
-    yield from _listed("tiers", [_tier(one) for one in status["tiers"]], "none")
-    yield from _listed("trouble", list(_trouble(counters, health)), "none")
+    yield from _listed("engines", [_engine(one) for one in told.rows("engines")], "no engine process is connected")
+    yield from _listed("tiers", [_tier(one) for one in told.rows("tiers")], "none")
+    trouble = [*condition.lines("degraded"), *condition.lines("refused_engines"), *_trouble(counters)]
+    wrong = lacking(told, told.text("version"))
+    yield from _listed("trouble", trouble + [wrong] * bool(wrong), "none")
 
 
 def _listed(title: str, rows: list[str], none: str) -> Iterator[str]:
@@ -74,22 +79,22 @@ def _listed(title: str, rows: list[str], none: str) -> Iterator[str]:
         yield f"{'':<10}and {len(rows) - _MOST_ROWS} more"
 
 
-def _engine(one: Mapping[str, Any]) -> str:
-    how = "payload frames" if one["payload_frames"] else "the mapped arena"
-    who = f"{one['instance']}: {one['role']}, rank {one['rank']}, pid {one['pid']}"
-    return f"{who}, {how}, for {_duration(one['connected_seconds'])}"
+def _engine(one: Told) -> str:
+    how = "payload frames" if one.given("payload_frames") else "the mapped arena"
+    who = f"{one.text('instance')}: {one.text('role')}, rank {one.text('rank')}, pid {one.text('pid')}"
+    return f"{who}, {how}, for {_duration(one.number('connected_seconds'))}"
 
 
-def _tier(one: Mapping[str, Any]) -> str:
-    most = f" of {_size(one['max_bytes'])}" if one["max_bytes"] else ""
-    stored = "size unknown" if one["stored_bytes"] is None else f"{_size(one['stored_bytes'])}{most}"
-    queued = f", {_size(one['queued_bytes'])} to be written" if one["queued_bytes"] else ""
-    reason = f" ({one['reason']})" if one["reason"] else ""
-    return f"{one['name']}: {one['state']}{reason}, {stored}{queued}"
+def _tier(one: Told) -> str:
+    most = f" of {size_text(one.number('max_bytes'))}" if one.given("max_bytes") else ""
+    stored_bytes = one.optional("stored_bytes")
+    stored = "size unknown" if stored_bytes is None else f"{size_text(stored_bytes)}{most}"
+    queued = f", {size_text(one.number('queued_bytes'))} to be written" if one.given("queued_bytes") else ""
+    reason = f" ({one.text('reason')})" if one.given("reason") else ""
+    return f"{one.text('name')}: {one.text('state')}{reason}, {stored}{queued}"
 
 
-def _trouble(counters: Mapping[str, float], health: Mapping[str, Any]) -> Iterator[str]:
-    yield from (str(one) for one in (*health.get("degraded", ()), *health.get("refused_engines", ())))
+def _trouble(counters: Told) -> Iterator[str]:
     for name, what in (
         ("failed_loads_total", "loads failed; the engines computed these tokens"),
         ("failed_stores_total", "stores failed"),
@@ -97,12 +102,8 @@ def _trouble(counters: Mapping[str, float], health: Mapping[str, Any]) -> Iterat
         ("internal_errors_total", "unexpected exceptions; the log has their tracebacks"),
         ("loop_errors_total", "exceptions in the main loop; the log has their tracebacks"),
     ):
-        if counters.get(name):
-            yield f"{counters[name]:.0f} {what}"
-
-
-def _size(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
+        if counters.given(name):
+            yield f"{counters.number(name):.0f} {what}"
 
 
 def _duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from lmcache.config.load import load
+from lmcache.config.options import size_text as size_text
 from lmcache.wire.http_client import DEFAULT_URL
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Any]"

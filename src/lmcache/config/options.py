@@ -7,6 +7,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,33 @@ def peers(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def ids(text: str) -> tuple[int, ...]:
+    """Parse numbers of users or groups, separated by commas.
+
+    Raises:
+        ValueError: something else, or the number that the kernel shows for everybody whom it cannot name here.
+    """
+    found = []
+    for one in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
+        if not one.isascii() or not one.isdecimal() or int(one) >= (1 << 32) - 1:
+            raise ValueError(f"must be numbers, such as 1000,1001 (`id` shows them); {one!r} is not one")
+        if int(one) in _nobody():
+            raise ValueError(
+                f"{one} is what the kernel shows for every user of another user namespace: give the process a number of its own"
+            )
+        found.append(int(one))
+    return tuple(dict.fromkeys(found))
+
+
+def _nobody() -> set[int]:
+    """Return the numbers for users and groups that have none in this user namespace."""
+    found = {65534}
+    for name in ("overflowuid", "overflowgid"):
+        with suppress(OSError, ValueError):
+            found.add(int(Path(f"/proc/sys/kernel/{name}").read_text()))
+    return found
+
+
 def lines(text: str) -> tuple[str, ...]:
     """Parse one value a line, skipping empty lines."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
@@ -217,3 +245,10 @@ def default_socket_dir() -> Path:
     if runtime.startswith("/") and len(os.fsencode(runtime)) < _LONGEST_SOCKET_DIR - 8 and os.access(runtime, os.W_OK):
         return Path(runtime, "lmcache")
     return Path(f"/tmp/lmcache-{os.getuid()}")
+
+
+def size_text(size_bytes: float) -> str:
+    """Return a size for people, in GiB or MiB (2^30 and 2^20 bytes)."""
+    if size_bytes >= 2**30:
+        return f"{size_bytes / 2**30:,.2f} GiB"
+    return f"{size_bytes / 2**20:,.1f}".removesuffix(".0") + " MiB"

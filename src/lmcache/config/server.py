@@ -170,6 +170,19 @@ class ServerConfig:
         help="Let anybody who can reach --host read and write the cache. For closed networks only. "
         "Engines need LMCACHE_INSECURE_NO_AUTH=1, since they cannot tell that it is this server.",
     )
+    allow_uid: tuple[int, ...] = _security(
+        *("UID,...", read.ids, ()),
+        default_text="only the server's own",
+        repeat=True,
+        help="Users whose engines on this host may map L1 as the server's own user's do. They may read and overwrite all of it. "
+        "Each engine must name the server's user in LMCACHE_ALLOW_SERVER_UID.",
+    )
+    allow_gid: tuple[int, ...] = _security(
+        *("GID,...", read.ids, ()),
+        default_text="none",
+        repeat=True,
+        help="Groups whose members' engines may do so: the kernel tells the groups of the process that connects.",
+    )
     api_token: str = _security(
         *("TOKEN", read.token, ""),
         secret=True,
@@ -276,5 +289,5 @@ def shown(option: Option, value: object) -> object:
     if option.name == "l2_queue_gb" and not value:
         return "half of L1"
     if isinstance(value, tuple):
-        return [read.redacted_url(one) for one in value]
+        return [read.redacted_url(one) if isinstance(one, str) else one for one in value]
     return str(value) if isinstance(value, Path) else value

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmcache.config.hosts import in_url
-from lmcache.config.options import switch
+from lmcache.config.options import ids, switch
 from lmcache.wire.sockets import UNIX
 
 TRANSFER_MODES = ("auto", "engine_driven", "lmcache_driven", "payload")
@@ -60,6 +60,9 @@ class Endpoint:
     insecure_no_auth: bool = field(default_factory=lambda: _insecure())
     """Without a key, send payload frames even to a server that has not proved itself. Default: LMCACHE_INSECURE_NO_AUTH."""
 
+    server_uids: tuple[int, ...] = field(default_factory=lambda: _server_uids())
+    """Users beside this process's own to whose server on this host KV is given. Default: LMCACHE_ALLOW_SERVER_UID."""
+
     def __post_init__(self) -> None:
         if self.transfer_mode not in TRANSFER_MODES:
             raise ValueError(f"transfer mode {self.transfer_mode!r}: give one of {', '.join(TRANSFER_MODES)}")
@@ -80,6 +83,14 @@ def key_file() -> Path | None:
     """Return the path of this process's key file, from LMCACHE_AUTH_KEY_FILE; None if it has none."""
     name = os.environ.get("LMCACHE_AUTH_KEY_FILE", "")
     return Path(name) if name else None
+
+
+def _server_uids() -> tuple[int, ...]:
+    text = os.environ.get("LMCACHE_ALLOW_SERVER_UID", "")
+    try:
+        return ids(text)
+    except ValueError as error:
+        raise ValueError(f"LMCACHE_ALLOW_SERVER_UID is {text!r}: it {error}") from None
 
 
 def _insecure() -> bool:

@@ -54,18 +54,20 @@ def say_hello(endpoint: Endpoint, session: bytes) -> tuple[Carrier, m.Welcome, i
 
 def _through_socket(endpoint: Endpoint, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
     place = socket_place(endpoint.address)
-    if not place.startswith("\0") and (why_not := _why_not_mine(place)):
+    named = place.startswith("\0")  # any user can take a name, so only this user's server is meant
+    uids = () if named else endpoint.server_uids
+    if not named and (why_not := _why_not_mine(place, uids)):
         raise ServerRefused(why_not) if os.path.exists(place) else NotThereYet(why_not)
     try:
-        return _at_socket(place, hello)
+        return _at_socket(place, hello, uids)
     except ServerUnavailable as error:
         if isinstance(error.__cause__, ConnectionRefusedError):
             raise NotThereYet("nobody listens there") from error
         raise
 
 
-def _at_socket(place: str, hello: m.Hello) -> tuple[Carrier, m.Welcome, int]:
-    unix = UnixCarrier(place, hello, _CONNECT_SECONDS)
+def _at_socket(place: str, hello: m.Hello, uids: tuple[int, ...]) -> tuple[Carrier, m.Welcome, int]:
+    unix = UnixCarrier(place, hello, _CONNECT_SECONDS, uids)
     try:
         return unix, _welcome(unix.welcome), unix.descriptor
     except ServerRefused:
@@ -83,9 +85,13 @@ def _through_port(endpoint: Endpoint, hello: m.Hello) -> tuple[Carrier, m.Welcom
         except ServerUnavailable as error:
             raise _explained(error, door, endpoint.auth_key_file, _CONNECT_SECONDS) from error
         by_payload = endpoint.transfer_mode == "payload"
-        why_not = "this engine asks for payload frames" if by_payload else _why_not_mine(welcome.socket_path)
+        why_not = (
+            "this engine asks for payload frames"
+            if by_payload
+            else _why_not_mine(welcome.socket_path, endpoint.server_uids)
+        )
         if not why_not:
-            at_socket = _at_socket(welcome.socket_path, hello)
+            at_socket = _at_socket(welcome.socket_path, hello, endpoint.server_uids)
             door.close()
             return at_socket
         try:
@@ -189,13 +195,27 @@ def _welcome(answer: m.Answer) -> m.Welcome:
     return answer
 
 
-def _why_not_mine(path: str) -> str:
-    """Return why this user cannot map the arena behind a socket, or "" if the socket exists and belongs to this user."""
-    shown = printable(path, _PATH_CHARACTERS)
+def _why_not_mine(path: str, uids: tuple[int, ...]) -> str:
+    """Return why this user cannot map the arena behind a socket, or "" if the socket exists and belongs to this user or one of
+    `uids`."""
+    shown, own = printable(path, _PATH_CHARACTERS), os.getuid()
     try:
         owner = os.stat(path).st_uid
     except (OSError, ValueError) as error:
-        return f"user {os.getuid()} cannot see its socket '{shown}' ({getattr(error, 'strerror', error)})"
-    return (
-        "" if owner == os.getuid() else f"its socket {shown} is user {owner}'s, and this engine is user {os.getuid()}'s"
-    )
+        return f"user {own} cannot see its socket '{shown}' ({getattr(error, 'strerror', error)}){_folder_of_another(path)}"
+    if owner == own or owner in uids:
+        return ""
+    return f"its socket {shown} is user {owner}'s, and this engine is user {own}'s{_way_for_two(owner)}"
+
+
+def _folder_of_another(path: str) -> str:
+    """Say whose folder a socket is in that this user may not look into; "" if it is this user's own, or there is none."""
+    try:
+        owner = os.stat(os.path.dirname(path)).st_uid
+    except (OSError, ValueError):
+        return ""
+    return "" if owner == os.getuid() else f" in a folder of user {owner}{_way_for_two(owner)}"
+
+
+def _way_for_two(owner: int) -> str:
+    return f" (start the server with --allow-uid {os.getuid()}, and this engine with LMCACHE_ALLOW_SERVER_UID={owner})"

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from lmcache.errors import ConfigError, LMCacheError
+from lmcache.errors import ConfigError, LMCacheError, plainly
 from lmcache.memory import headers, huge_pages
 from lmcache.memory.numa import place
 from lmcache.memory.slabs import SECTOR_BYTES
@@ -157,7 +157,9 @@ class Arena:
         except (OSError, ValueError) as error:
             self.path.unlink(missing_ok=True)
             os.close(self.descriptor)
-            raise ConfigError(f"--l1-size-gb: cannot map {size_bytes} bytes in {directory}: {error}") from error
+            raise ConfigError(
+                f"--l1-size-gb: cannot map {size_bytes} bytes in {directory}: {plainly(error)}"
+            ) from error
         try:
             self.nodes = place(self.mapping.address, size_bytes, numa)
             """Numbers of the memory nodes on which the pages are placed; empty where the kernel chooses."""

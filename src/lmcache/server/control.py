@@ -53,6 +53,34 @@ class Control(Protocol):
         """
         ...
 
+    def tiers(self) -> dict[str, object]:
+        """Return `tiers`, nearest first, and `leaving`, those that are being removed. JSON types only."""
+        ...
+
+    def add_tier(self, url: str, before: str = "") -> dict[str, object]:
+        """Open a tier and attach it as the next nearer one to `before`, or as the farthest. Takes up to 20 s.
+
+        Raises:
+            ConfigError: the URL or a name is wrong, or the tier cannot be opened. Then nothing has changed.
+        """
+        ...
+
+    def remove_tier(self, name: str, drain_seconds: float | None = None) -> dict[str, object]:
+        """Remove a tier. Takes up to 20 s; `state` is then `leaving` if the tier is still being written to or closed.
+
+        Raises:
+            ConfigError: there is no tier of this name.
+        """
+        ...
+
+    def pause_tier(self, name: str, paused: bool) -> dict[str, object]:
+        """Pause a tier, or let it go on. `under_way` counts its calls that have not returned.
+
+        Raises:
+            ConfigError: there is no tier of this name.
+        """
+        ...
+
     def counters(self) -> dict[str, float]:
         """Return name -> value. Names that end in `_total` are counters, others are gauges; `name{reason="full"}` has a label.
 

@@ -119,8 +119,14 @@ class Followers:
         follower = self._followers.get(process)
         return follower.take() if follower is not None else News([], True)
 
+    def tier_joined(self, runner: TierRunner) -> None:
+        """Hear of what a new tier drops, if somebody follows."""
+        if self._followers:
+            runner.tell_drops(self._dropped)
+
     def tier_cleared(self) -> None:
-        """Note that a tier has been emptied. Which chunks other tiers have is not known here, so all count as gone from tiers."""
+        """Note that a tier has been emptied or removed. Which chunks other tiers have is not known here, so all count as gone
+        from tiers."""
         self._parts.clear()
         for follower in self._followers.values():
             self._add(follower, "lost", b"")

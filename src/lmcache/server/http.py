@@ -7,11 +7,8 @@ A request that changes state must not come from a web page, so it must lack the 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import hmac
-import ipaddress
 import json
 import re
 import socket
@@ -35,6 +32,7 @@ from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.server import page
 from lmcache.server.control import Control
+from lmcache.server.http_sockets import Connection, is_loopback, listen
 from lmcache.server.metrics import render
 
 logger = init_logger(__name__)
@@ -43,18 +41,16 @@ _T = TypeVar("_T")
 
 _CONTROL_SECONDS = 2.0
 """Timeout of calls to `Control`, which should return within one second."""
+_TIER_SECONDS = 25.0
+"""Timeout of attaching and removing a tier."""
+_LONGEST_DRAIN_SECONDS = 3600.0
 _CLEAR_SECONDS = 30.0
 """Timeout of clearing L1, which visits every chunk."""
-_REQUEST_SECONDS = 10.0
-"""A connection carries one request. It is closed if the request has not arrived by then."""
-_CONNECTION_SECONDS = 40.0
-"""A connection is closed after so long, even if the peer has not read the answer."""
-_MOST_CONNECTIONS = 128
-"""The most connections of all other hosts, so that they cannot exhaust descriptors; loopback is not counted."""
 _MOST_HEADER_BYTES = 16 << 10
 _MOST_BODY_BYTES = 64 << 10
 _START_SECONDS = 10.0
 _LOCAL_NAME = re.compile(r"(localhost|127(?:\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+_TOKEN_NEEDED = "from this host too, this needs the header `Authorization: Bearer TOKEN`"
 _WEB_PAGE_HEADERS = ("origin", "sec-fetch-site")
 _PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _HEADERS = [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
@@ -68,7 +64,7 @@ class HttpEndpoint:
         self._control = control
         self._started = threading.Event()
         self._server: uvicorn.Server | None = None
-        self._connections: dict[tuple[str, int], _Connection] = {}
+        self._connections: dict[tuple[str, int], Connection] = {}
         """(host, port) of the peer -> open connection."""
         self._thread: threading.Thread | None = None
         self.port = config.http_port
@@ -83,11 +79,11 @@ class HttpEndpoint:
             ConfigError: the address cannot be bound, or the endpoint did not start.
         """
         host, second = self._config.http_host, self._config.prometheus_port
-        listeners = [_listen(host, self._config.http_port, self._connections)]
+        listeners = [listen(host, self._config.http_port, self._connections)]
         self.port = listeners[0].getsockname()[1]
         if second:
             try:
-                listeners.append(_listen(host, second, self._connections, "--prometheus-port"))
+                listeners.append(listen(host, second, self._connections, "--prometheus-port"))
             except ConfigError:
                 listeners[0].close()
                 raise
@@ -170,6 +166,17 @@ class HttpEndpoint:
                 for path in ("/clear-cache", "/cache/clear")
             ),
         ]
+        routes += [
+            Route("/tiers", self._edge(self._guarded(self._tiers))),
+            *(
+                Route(path, self._edge(self._guarded(route, changes=True, token=True)), methods=[method])
+                for path, method, route in (
+                    ("/tiers", "POST", self._add_tier),
+                    ("/tiers/{name}", "DELETE", self._remove_tier),
+                    ("/tiers/{name}/{action}", "POST", self._pause_tier),
+                )
+            ),
+        ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
     def _edge(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -193,17 +200,21 @@ class HttpEndpoint:
 
         return answer
 
-    def _refusal(self, request: Request, changes: bool = False) -> str:
+    def _refusal(self, request: Request, changes: bool = False, token: bool = False) -> str:
         peer = request.client.host if request.client else ""
+        if token and "authorization" not in request.headers:
+            return (
+                _TOKEN_NEEDED if self._config.api_token else f"{_TOKEN_NEEDED}; start the server with --api-token-file"
+            )
         return why_refused(peer, request.headers, self._config.api_token, changes)
 
     def _guarded(
-        self, route: Callable[[Request], Awaitable[Response]], changes: bool = False
+        self, route: Callable[[Request], Awaitable[Response]], changes: bool = False, token: bool = False
     ) -> Callable[[Request], Awaitable[Response]]:
-        """Restrict a route to callers on this host and callers with the token."""
+        """Restrict a route to callers on this host and callers with the token; with `token`, to callers with the token."""
 
         async def answer(request: Request) -> Response:
-            refusal = self._refusal(request, changes)
+            refusal = self._refusal(request, changes, token)
             return _json({"status": "forbidden", "reason": refusal}, 403) if refusal else await route(request)
 
         return answer
@@ -273,6 +284,45 @@ class HttpEndpoint:
             return _json({"status": "incomplete", **details}, 503)
         return _json({"status": "ok", **details} if tiers else {"status": "ok"})  # exactly the documented answer
 
+    async def _tiers(self, request: Request) -> Response:
+        return _json(await _ask(self._control.tiers))
+
+    async def _add_tier(self, request: Request) -> Response:
+        try:
+            given = await _object(request, {"url": str, "before": str})
+            if not given.get("url"):
+                raise ConfigError('send {"url": "disk:///var/lib/lmcache?max_gb=200"}')
+            url, before = given["url"], given.get("before", "")
+            answer = await _ask(lambda: self._control.add_tier(url, before), _TIER_SECONDS)
+        except ConfigError as error:
+            return _json({"status": "error", "reason": str(error)}, 400)
+        return _json({"status": "ok", **answer})
+
+    async def _remove_tier(self, request: Request) -> Response:
+        name, text = request.path_params["name"], request.query_params.get("drain_seconds")
+        try:
+            seconds = None if text is None else float(text)
+        except ValueError:
+            seconds = -1.0
+        if seconds is not None and not 0 <= seconds <= _LONGEST_DRAIN_SECONDS:
+            reason = f"drain_seconds={text[:40] if text else ''}: must be from 0 to {_LONGEST_DRAIN_SECONDS:g}"
+            return _json({"status": "error", "reason": reason}, 400)
+        try:
+            answer = await _ask(lambda: self._control.remove_tier(name, seconds), _TIER_SECONDS)
+        except ConfigError as error:
+            return _json({"status": "error", "reason": str(error)}, 404)
+        return _json({"status": "ok", **answer}, 202 if answer.get("state") == "leaving" else 200)
+
+    async def _pause_tier(self, request: Request) -> Response:
+        name, action = request.path_params["name"], request.path_params["action"]
+        if action not in ("pause", "resume"):
+            return _json({"status": "error", "reason": "there is POST /tiers/NAME/pause and /tiers/NAME/resume"}, 404)
+        try:
+            answer = await _ask(lambda: self._control.pause_tier(name, action == "pause"))
+        except ConfigError as error:
+            return _json({"status": "error", "reason": str(error)}, 404)
+        return _json({"status": "ok", **answer})
+
     async def _settings(self, request: Request) -> Response:
         return _json(self._config.redacted())
 
@@ -321,7 +371,7 @@ def why_refused(peer: str, headers: Mapping[str, str], token: str, changes: bool
     authorization = headers.get("authorization")
     if authorization is not None:
         return _token_refusal(authorization, token)
-    if not _is_loopback(peer):
+    if not is_loopback(peer):
         return (
             "from other hosts this needs the header `Authorization: Bearer TOKEN`"
             if token
@@ -346,18 +396,33 @@ def _token_refusal(authorization: str, token: str) -> str:
     return "" if same else "the token is not the server's"
 
 
-def _is_loopback(peer: str) -> bool:
-    try:
-        address = ipaddress.ip_address(peer)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
-
-
 def _declared_length(request: Request) -> int:
     text = request.headers.get("content-length", "0")
     return int(text) if text.isdigit() and len(text) < 19 else _MOST_BODY_BYTES + 1
+
+
+async def _object(request: Request, fields: Mapping[str, type]) -> dict[str, Any]:
+    """Return the JSON object of a body that may have these fields.
+
+    Raises:
+        ConfigError: the body is too large, or is something else.
+    """
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > _MOST_BODY_BYTES:
+            raise ConfigError(f"the body is larger than {_MOST_BODY_BYTES} bytes")
+    try:
+        given = json.loads(body)
+    except ValueError:
+        given = None
+    known = ", ".join(f'"{name}"' for name in fields)
+    if not isinstance(given, dict) or not given.keys() <= fields.keys():
+        raise ConfigError(f"send a JSON object with {known}")
+    for name, value in given.items():
+        if not isinstance(value, fields[name]):
+            raise ConfigError(f'"{name}" must be of the type {fields[name].__name__}')
+    return given
 
 
 async def _ask(call: Callable[[], _T], seconds: float = 0.0) -> _T:
@@ -380,78 +445,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
     known = (
         "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /requests, /history; "
-        "POST /cache/clear"
+        "POST /cache/clear; GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"
     )
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})
     return response
-
-
-# --- sockets ----------------------------------------------------------------------------------------------------------
-
-
-def _listen(
-    host: str, port: int, connections: dict[tuple[str, int], _Connection], flag: str = "--http-port"
-) -> socket.socket:
-    listener = _Listener(host, connections)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(128)  # not later: with SO_REUSEADDR, two servers can bind one port until one listens
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"{flag} {port}: cannot listen on {host}: {error.strerror}: pass another") from error
-    return listener
-
-
-class _Listener(socket.socket):
-    """The listening socket. It bounds the duration of every connection, and the number of connections of other hosts."""
-
-    def __init__(self, host: str, connections: dict[tuple[str, int], _Connection]) -> None:
-        super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        self._connections = connections
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; the event loop calls this.
-
-        Raises:
-            ConnectionAbortedError: other hosts have the most connections allowed, so this one was closed. The event loop treats
-                this as a connection that the peer has aborted.
-        """
-        accepted, address = super().accept()
-        connection = _Connection(accepted.detach(), address[:2], self._connections)
-        others = sum(one.from_elsewhere for one in self._connections.values())
-        if connection.from_elsewhere and others > _MOST_CONNECTIONS:
-            connection.close()
-            raise ConnectionAbortedError(f"other hosts have {_MOST_CONNECTIONS} connections")
-        return connection, address
-
-
-class _Connection(socket.socket):
-    """One connection, which is shut down after a fixed time. It stays in `connections` until it is closed."""
-
-    def __init__(self, descriptor: int, peer: tuple[str, int], connections: dict[tuple[str, int], _Connection]) -> None:
-        super().__init__(fileno=descriptor)
-        self.from_elsewhere = not _is_loopback(peer[0])
-        self._peer, self._connections = peer, connections
-        loop = asyncio.get_running_loop()
-        self._request_due = loop.call_later(_REQUEST_SECONDS, self._end)
-        self._end_due = loop.call_later(_CONNECTION_SECONDS, self._end)
-        connections[peer] = self
-
-    def request_has_arrived(self) -> None:
-        """Stop waiting for the request; the answer may take the rest of the connection's time."""
-        self._request_due.cancel()
-
-    def _end(self) -> None:
-        """Shut the connection down. The event loop notices this and closes it."""
-        with contextlib.suppress(OSError):  # the peer has ended it
-            self.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close the connection; the event loop calls this once."""
-        self._request_due.cancel()
-        self._end_due.cancel()
-        if self._connections.get(self._peer) is self:
-            del self._connections[self._peer]
-        super().close()

@@ -55,7 +55,7 @@ class Loop:
         """Guards writing to `_wake_write` and closing it. It is reentrant, since a signal handler may interrupt its holder."""
         self._executors: list[Executor] = []
         self._thread_names: list[str] = []
-        """The prefixes of the names of the executors' threads."""
+        """The prefixes of the names of their threads, in the same order."""
         self._stopping = False
         self._thread: int | None = None
 
@@ -88,6 +88,13 @@ class Loop:
         self._thread_names.append(f"lmcache-{name}")
         self._executors.append(self.runtime.pool(threads, self._thread_names[-1]))
         return self._executors[-1]
+
+    def release(self, executor: Executor) -> None:
+        """End a pool before the loop ends. A thread that hangs in a call ends with the process."""
+        executor.shutdown(wait=False, cancel_futures=True)
+        if executor in self._executors:
+            at = self._executors.index(executor)
+            del self._executors[at], self._thread_names[at]
 
     def ask(self, call: Callable[[], T], timeout_seconds: float = 1.0) -> T:
         """Run `call` in the loop's thread, and wait for its result in the calling thread.

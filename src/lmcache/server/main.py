@@ -20,6 +20,7 @@ from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
 from lmcache.observability.log import init_logger, set_level
 from lmcache.runtime import RUNTIME, Runtime
+from lmcache.server.attaching import Attaching
 from lmcache.server.loop import Loop
 from lmcache.server.reloading import Reloading
 from lmcache.server.report import Report
@@ -92,13 +93,29 @@ def _end_at_once(fault: BaseException | None) -> NoReturn:
     os._exit(0 if fault is None else 2 if isinstance(fault, ConfigError) else 1)
 
 
-def _tiers_of(config: ServerConfig, runtime: Runtime, server_id: bytes) -> list[TierSpec]:
-    """Return the configured tiers, not opened yet."""
-    if not config.tier_urls and not config.l2_adapter:
-        return []
-    from lmcache.tiers.registry import tiers_of  # imported late, since most servers have no tiers
+def _urls_of(config: ServerConfig, is_first: bool = False) -> list[str]:
+    """Return the URLs of all configured tiers, nearest first. If `is_first`, log which tiers serve stores of other names.
 
-    specs = tiers_of(config.tier_urls, config.l2_adapter, runtime)
+    Raises:
+        ConfigError: JSON that is no tier.
+    """
+    if not config.l2_adapter:
+        return list(config.tier_urls)
+    from lmcache.tiers.adapters import url_of_adapter  # imported late, since most servers have no tiers
+
+    translated = [*map(url_of_adapter, config.l2_adapter)]
+    for line in (line for one in translated for line in one.said if is_first):
+        logger.warning("%s", line)
+    return [*config.tier_urls, *(one.url for one in translated)]
+
+
+def _tiers_of(config: ServerConfig, runtime: Runtime, server_id: bytes, urls: list[str]) -> list[TierSpec]:
+    """Return the tiers of these URLs, not opened yet."""
+    if not urls:
+        return []
+    from lmcache.tiers.registry import make_tiers  # imported late, since most servers have no tiers
+
+    specs = make_tiers(urls, runtime)
     for spec in specs:
         if spec.tier.scheme == "peer":
             from lmcache.peers.dial import Myself
@@ -110,7 +127,7 @@ def _tiers_of(config: ServerConfig, runtime: Runtime, server_id: bytes) -> list[
 
 
 def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec], started: ExitStack) -> Tiering:
-    """Open the tiers, if there are any. From then on the first SIGINT or SIGTERM writes queued chunks before the end; the second
+    """Open the tiers. From then on the first SIGINT or SIGTERM writes queued chunks before the end; the second
     ends at once."""
     tiering = Tiering(
         loop,
@@ -122,8 +139,6 @@ def _start_tiers(config: ServerConfig, loop: Loop, l1: L1, specs: list[TierSpec]
         queue_bytes=config.l2_queue_bytes,
     )
     started.callback(tiering.close)
-    if not specs:
-        return tiering
     arena = l1.arena
     tiering.attach(
         Region(arena.mapping.address, arena.size_bytes, arena.descriptor, arena.mapping.view(0, arena.size_bytes))
@@ -158,7 +173,8 @@ def start(
 ) -> Loop:
     """Start every part. `started` collects the callbacks that stop them, in order. reload: as for `serve`."""
     server_id = secrets.token_bytes(16)
-    specs = _tiers_of(config, runtime, server_id)  # first, since a wrong URL must fail before anything is created
+    urls = _urls_of(config, is_first=True)
+    specs = _tiers_of(config, runtime, server_id, urls)  # first, since a wrong URL must fail before anything is created
     loop = Loop(runtime)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.stop())
@@ -176,9 +192,13 @@ def start(
     records_bytes = int(config.records_mb * 2**20)
     service = Service(loop, l1, config.chunk_size, workers, tiering, server_id, records_bytes)
     _observe(config, service, bool(specs), started)
-    config, http = _open_doors(config, owner, loop, service, started)
+    attaching = Attaching(
+        loop, tiering, urls, lambda url: _tiers_of(config, runtime, server_id, [url])[0], workers, config.drain_seconds
+    )
+    started.callback(attaching.close)
+    config, http = _open_doors(config, owner, loop, service, attaching, started)
     if reload is not None:
-        reloading = Reloading(config, reload, http)
+        reloading = Reloading(config, reload, http, attaching, _urls_of)
         signal.signal(signal.SIGHUP, lambda *_: loop.call_soon(reloading.run))
     arena.start_prefault()
     logger.info(
@@ -225,18 +245,29 @@ def _end_with(owner: Owner, loop: Loop) -> None:
 
 
 def _open_doors(
-    config: ServerConfig, owner: Owner | None, loop: Loop, service: Service, started: ExitStack
+    config: ServerConfig,
+    owner: Owner | None,
+    loop: Loop,
+    service: Service,
+    attaching: Attaching,
+    started: ExitStack,
 ) -> tuple[ServerConfig, HttpEndpoint | None]:
     """Open the endpoints. Returns the configuration, with the ports that were chosen for the port 0, and the HTTP endpoint."""
     if owner is not None:
         started.callback(UnixEndpoint(loop, service, owner.listener, None).close)
     else:
         path = config.socket_dir / f"{service.sessions.server_id.hex()[:16]}.sock"
-        started.callback(UnixEndpoint(loop, service, listen_unix(path), path).close)
+        users, groups = config.allow_uid, config.allow_gid
+        only_group = groups[0] if len(groups) == 1 and not users else -1
+        listener = listen_unix(path, bool(users or groups), only_group)
+        started.callback(UnixEndpoint(loop, service, listener, path, users, groups).close)
+        if users or groups:
+            who = [*(f"user {one}" for one in users), *(f"group {one}" for one in groups)]
+            logger.info("Engines of %s may map L1, too, and read and overwrite all of it", ", ".join(who))
         config = dataclasses.replace(config, port=_open_port(config, loop, service, started))
     if owner is not None and not owner.http:
         return config, None
-    http = _open_http(config, Report(config, loop, service), started)
+    http = _open_http(config, Report(config, loop, service, attaching), started)
     return dataclasses.replace(config, http_port=http.port), http
 
 

@@ -25,6 +25,11 @@ class Predicting:
         l1.events.listen(["cleared"], self._aside.put, named=False)
         loop.on_tick.append(self._note_sizes)
 
+    def tiers_joined(self) -> None:
+        """Note that from now on lookups also find what tiers have. It stays so if they leave: the counts until then are
+        theirs."""
+        self._curve.by_found = False
+
     def _heard(self, event: Event) -> None:
         if event.space not in self._sizes:
             self._note_sizes()

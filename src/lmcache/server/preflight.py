@@ -51,6 +51,8 @@ def check_machine(
     _check_arena_dir(config.arena_dir)
     _check_huge_pages(config.arena_dir, config.huge_pages)
     _check_socket_dir(config.socket_dir)
+    if config.allow_uid or config.allow_gid:
+        _check_way(config.socket_dir)
     return _check_l1(config, runtime)
 
 
@@ -121,6 +123,16 @@ def _check_socket_dir(directory: Path) -> None:
         raise ConfigError(f"--socket-dir {directory}: belongs to uid {status.st_uid}, not to you: pass another")
     if status.st_mode & 0o022:
         raise ConfigError(f"--socket-dir {directory}: others may write to it: chmod 700 {directory}")
+
+
+def _check_way(directory: Path) -> None:
+    """Check that other users can reach the folder: the server opens the folder itself, and nothing above it."""
+    for parent in directory.absolute().parents:
+        if parent.exists() and not parent.stat().st_mode & stat.S_IXOTH:
+            raise ConfigError(
+                f"--socket-dir {directory}: other users, whom --allow-uid and --allow-gid let in, have no way through {parent}: "
+                "pass a folder such as /run/lmcache, which belongs to the server's user"
+            )
 
 
 def _check_l1(config: ServerConfig, runtime: Runtime) -> ServerConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lmcache.config.server import OPTIONS, ServerConfig
@@ -10,10 +10,12 @@ from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger, set_level
 
 if TYPE_CHECKING:
+    from lmcache.server.attaching import Attaching
     from lmcache.server.http import HttpEndpoint
 
 logger = init_logger(__name__)
-_CHANGEABLE = ("log_level", "api_token", "api_token_file")
+_TIERS = ("peers", "l2", "l2_adapter")
+_CHANGEABLE = ("log_level", "api_token", "api_token_file", *_TIERS)
 
 
 class Reloading:
@@ -23,10 +25,19 @@ class Reloading:
         config: the settings in force, with the sizes and ports that the server has chosen.
         reload: reads the settings again.
         http: the HTTP endpoint, whose token may change.
+        attaching: what attaches and removes tiers.
+        urls_of: returns the URLs of all tiers of a configuration, nearest first.
     """
 
-    def __init__(self, config: ServerConfig, reload: Callable[[], ServerConfig], http: HttpEndpoint | None) -> None:
-        self._reload, self._http = reload, http
+    def __init__(
+        self,
+        config: ServerConfig,
+        reload: Callable[[], ServerConfig],
+        http: HttpEndpoint | None,
+        attaching: Attaching,
+        urls_of: Callable[[ServerConfig], Sequence[str]],
+    ) -> None:
+        self._reload, self._http, self._attaching, self._urls_of = reload, http, attaching, urls_of
         try:
             self._given = reload()
         except ConfigError:  # the file has changed since the start
@@ -36,6 +47,7 @@ class Reloading:
         """Read the settings again and use what can be used. Call it in the loop's thread."""
         try:
             new = self._reload()
+            urls = self._urls_of(new)
         except ConfigError as error:
             logger.error("SIGHUP: the settings are wrong, so nothing changes: %s", error)
             return
@@ -44,6 +56,8 @@ class Reloading:
         set_level(new.log_level)
         if self._http is not None:
             self._http.use_token(new.api_token)
+        if any(option.name in _TIERS for option in changed):
+            self._attaching.change(self._urls_of(self._given), urls)
         self._given = new
         used = ", ".join(option.key for option in changed if option.name in _CHANGEABLE)
         logger.info("SIGHUP: the settings were read again; in effect now: %s", used or "nothing new")

@@ -7,12 +7,14 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from itertools import islice
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from lmcache import __version__
 from lmcache.cache import KINDS
 from lmcache.cache.records import Blocks, select
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
+from lmcache.server.attaching import Attaching
 from lmcache.server.history import COUNTERS, GAUGES, History
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
@@ -20,6 +22,8 @@ from lmcache.wire.messages import PEER
 
 REPORTED_FETCHES = 16
 """How many records of fetches /status contains. /fetches returns all records that are kept."""
+_OPEN_TIER_SECONDS, _REMOVE_TIER_SECONDS = 20.0, 20.0
+"""How long a caller waits for a tier to open or to be closed; the server goes on with it afterwards."""
 _CLEAR_TIERS_SECONDS = 25.0
 """Timeout of clearing tiers, below the timeout of the HTTP endpoint."""
 
@@ -28,8 +32,8 @@ class Report:
     """Implements `control.Control`. Any thread may call any method. Each returns within a second or raises TimeoutError, which
     the HTTP endpoint reports as an unhealthy server."""
 
-    def __init__(self, config: ServerConfig, loop: Loop, service: Service) -> None:
-        self._config, self._loop, self._service = config, loop, service
+    def __init__(self, config: ServerConfig, loop: Loop, service: Service, attaching: Attaching | None = None) -> None:
+        self._config, self._loop, self._service, self._attaching = config, loop, service, attaching
         self._history = History(loop.now, loop.runtime.wall, self._counters)
         loop.on_tick.append(self._history.tick)
 
@@ -76,6 +80,60 @@ class Report:
             return dict.fromkeys(
                 names, f"may still be being emptied after {_CLEAR_TIERS_SECONDS:g} s; the server goes on with it"
             )
+
+    def tiers(self) -> dict[str, object]:
+        """Return the tiers, nearest first, and those that are being removed."""
+        tiering = self._service.tiering
+        if tiering is None:
+            return {"tiers": [], "leaving": []}
+        return self._loop.ask(lambda: {"tiers": tiering.report.status(), "leaving": tiering.report.leaving()})
+
+    def add_tier(self, url: str, before: str = "") -> dict[str, object]:
+        """Open a tier and attach it, before the tier of a name or as the farthest.
+
+        Raises:
+            ConfigError: the URL or a name is wrong, or the tier cannot be opened. Then nothing has changed.
+        """
+        attaching, text = self._attaches(), url.strip()
+        _check_reads_no_secrets(text)
+        spec, opened = attaching.make(text), Future[str]()
+        name = self._loop.ask(lambda: attaching.add(spec, text, opened.set_result, before))
+        try:
+            wrong = opened.result(_OPEN_TIER_SECONDS)
+        except FutureTimeout:
+            wrong = "it is not open yet; the server goes on with it, and GET /tiers shows it when it is"
+        if wrong:
+            raise ConfigError(f"{spec.url}: {wrong}")
+        return {"name": name, "url": spec.url}
+
+    def remove_tier(self, name: str, drain_seconds: float | None = None) -> dict[str, object]:
+        """Remove a tier, after what is queued for it has been written for so long.
+
+        Raises:
+            ConfigError: there is no tier of this name.
+        """
+        attaching, closed = self._attaches(), Future[str]()
+        self._loop.ask(lambda: attaching.remove(name, closed.set_result, drain_seconds))
+        try:
+            wrong = closed.result(_REMOVE_TIER_SECONDS)
+        except FutureTimeout:
+            return {"name": name, "state": "leaving"}
+        return {"name": name, "state": "removed", **({"left_behind": wrong} if wrong else {})}
+
+    def pause_tier(self, name: str, paused: bool) -> dict[str, object]:
+        """Pause a tier, or let it go on. Returns the calls that have not returned yet.
+
+        Raises:
+            ConfigError: there is no tier of this name.
+        """
+        attaching = self._attaches()
+        under_way = self._loop.ask(lambda: dict(attaching.pause(name, paused).under_way))
+        return {"name": name, "state": "paused" if paused else "resumed", "under_way": under_way}
+
+    def _attaches(self) -> Attaching:
+        if self._attaching is None:
+            raise ConfigError("the tiers of this server cannot be changed while it runs")
+        return self._attaching
 
     def degraded(self) -> list[str]:
         """Return the tiers that do not serve now, each with the reason."""
@@ -257,3 +315,17 @@ class Report:
         out |= {f'lookup_tokens_total{{source="{source}"}}': count for source, count in accounts.found.items()}
         out |= {f'missed_tokens_total{{reason="{reason}"}}': count for reason, count in accounts.missed.items()}
         return out
+
+
+def _check_reads_no_secrets(url: str) -> None:
+    """Check that a URL that came over HTTP makes the server read neither its environment nor files with secrets: whoever names a
+    store could have them sent there."""
+    try:
+        options = [name for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)]
+    except ValueError:
+        options = []  # it is no URL, which whoever makes the tier says
+    if "${" in unquote(url) or any(name.endswith("_file") for name in options):
+        raise ConfigError(
+            "over HTTP the URL of a tier may name neither ${VARIABLES} of the server nor files with secrets (..._file=): write "
+            "the tier into the server's configuration file, and send SIGHUP"
+        )

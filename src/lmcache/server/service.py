@@ -30,6 +30,7 @@ from lmcache.wire import messages as m
 if TYPE_CHECKING:
     from lmcache.server.predicting import Predicting
     from lmcache.server.recording import Recording
+    from lmcache.server.tier_runner import TierRunner
     from lmcache.server.tiering import Tiering
 
 logger = init_logger(__name__)
@@ -58,7 +59,7 @@ class Service:
         self.recording: Recording | None = None
         self.predicting: Predicting | None = None
         self._now, self.started = loop.now, loop.now()
-        tiers = [runner.name for runner in tiering.runners] if tiering is not None else []
+        tiers = tiering.names if tiering is not None else {}
         self.accounts = Accounts(
             *(l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers),
             *(self.sessions.describe, l1.indexed),
@@ -99,6 +100,12 @@ class Service:
             fetches = tiering.fetches
             self.sessions.on_gone.append(lambda process: fetches.leave(loop.now(), process))
             tiering.on_clear.append(self.followers.tier_cleared)
+            tiering.on_join += [self.followers.tier_joined, self._tier_joined]
+
+    def _tier_joined(self, runner: TierRunner) -> None:
+        self.accounts.found[runner.name] += 0  # shown from the beginning
+        if self.predicting is not None:
+            self.predicting.tiers_joined()
 
     def model_of(self, space: int) -> str:
         """Return the name of the model whose KV the space holds, "" if no engine uses it now."""

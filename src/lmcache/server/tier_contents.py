@@ -114,6 +114,10 @@ class EarlierEnds:
                 runner.contains(keys, self._patience_seconds, survey.answered)
         return survey
 
+    def forget(self) -> None:
+        """Forget all surveys, since other tiers are attached now."""
+        self._surveys.clear()
+
     def tick(self, now: float) -> None:
         """Forget old surveys."""
         for key, survey in list(self._surveys.items()):

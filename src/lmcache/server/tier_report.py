@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lmcache.cache.fetch import Fetches
-from lmcache.cache.waits import AWAITED, FetchRecord
+from lmcache.cache.waits import AWAITED, REMOVED, FetchRecord
 from lmcache.observability.log import init_logger
 from lmcache.server.tier_runner import TierRunner
 
@@ -25,17 +25,41 @@ _REMEDIES = {
 
 
 class TierReport:
-    """Reports on these tiers, nearest first, and the fetches from them and from other engines. now: the loop's clock. All methods
-    but `describe` are called in the loop's thread."""
+    """Reports on these tiers, nearest first, on those that are leaving, and on the fetches from them and from other engines. now:
+    the loop's clock. All methods but `describe` are called in the loop's thread."""
 
     def __init__(
-        self, now: Callable[[], float], runners: Sequence[TierRunner], fetches: Fetches, chunk_tokens: int
+        self,
+        now: Callable[[], float],
+        runners: Sequence[TierRunner],
+        leaving: Sequence[TierRunner],
+        fetches: Fetches,
+        names: Mapping[int, str],
+        chunk_tokens: int,
     ) -> None:
         self._now, self._runners, self._fetches, self._chunk_tokens = now, runners, fetches, chunk_tokens
-        self._losses = {runner: (float("-inf"), Counter[str]()) for runner in runners}
+        self._leaving, self._names = leaving, names
+        self.gone: dict[str, tuple[Counter[str], Counter[str]]] = {}
+        """Name of a removed tier -> the counters of its runner and of its queue, which go on if it returns."""
+        self._losses = dict[TierRunner, tuple[float, Counter[str]]]()
         """Runner -> time of the last line about losses, and all counters at that time."""
         self._unwritten: Counter[str] = Counter()
         """Name of the tier -> number of unwritten chunks in the last log line."""
+
+    def joined(self, runner: TierRunner) -> None:
+        """Note a tier that has joined."""
+        for counters, before in zip(
+            (runner.counters, runner.queue.counters), self.gone.pop(runner.name, ()), strict=False
+        ):
+            counters.update(before)
+        self._losses[runner] = float("-inf"), runner.counters + runner.queue.counters
+
+    def left(self, runner: TierRunner) -> None:
+        """Note a tier that has left, and log what was not written to it."""
+        if runner in self._losses:
+            self.log_losses(math.inf, [runner])
+            del self._losses[runner]
+            self.gone[runner.name] = runner.counters, runner.queue.counters
 
     def degraded(self) -> list[str]:
         """Return the tiers that do not serve now, or only in part, each with the reason."""
@@ -45,8 +69,9 @@ class TierReport:
     def status(self) -> list[dict[str, object]]:
         """Return the tiers for /status, nearest first. JSON types only."""
         found = []
-        for runner, pace in zip(self._runners, self._fetches.paces, strict=True):
+        for runner in self._runners:
             usage, (state, trouble) = runner.usage(), runner.state(self._now())
+            pace = self._fetches.paces[runner.number]
             rate, ask = pace.bytes_per_second, pace.ask_seconds
             found.append(
                 {
@@ -73,7 +98,10 @@ class TierReport:
     def describe(self, record: FetchRecord) -> dict[str, object]:
         """Return a fetch's record with the names of the tiers. JSON types only."""
         expected = record.expected_seconds
-        names = {AWAITED: "other engines"} | {tier: runner.name for tier, runner in enumerate(self._runners)}
+
+        def name(tier: int) -> str:
+            return "other engines" if tier == AWAITED else self._names.get(tier, REMOVED)
+
         return {
             "request": " ".join(record.requests),
             "prompt": record.prompt[-4:].hex(),
@@ -87,9 +115,9 @@ class TierReport:
             "waited_seconds": round(record.waited_seconds, 6),
             "outcome": record.outcome,
             "arrived_chunks": record.arrived_chunks,
-            "from": {names[tier]: chunks for tier, chunks in record.planned.items()},
+            "from": {name(tier): chunks for tier, chunks in record.planned.items()},
             "events": dict(record.events),
-            "left_out": {names[tier]: why for tier, why in record.left_out.items()},
+            "left_out": {name(tier): why for tier, why in record.left_out.items()},
         }
 
     def counters(self) -> dict[str, float]:
@@ -111,8 +139,8 @@ class TierReport:
             out["last_fetch_expected_seconds"] = last.expected_seconds or 0.0
             out["last_fetch_recompute_seconds"] = last.recompute_seconds or 0.0
             out["last_fetch_loaded"] = last.decision == "load"
-        for runner, pace in zip(self._runners, self._fetches.paces, strict=True):
-            label, usage = f'{{tier="{runner.name}"}}', runner.usage()
+        for runner in self._runners:
+            label, usage, pace = f'{{tier="{runner.name}"}}', runner.usage(), self._fetches.paces[runner.number]
             out |= {
                 f"tier_serving{label}": not runner.state(now)[1],
                 f"tier_stored_bytes{label}": usage.stored_bytes,
@@ -124,15 +152,30 @@ class TierReport:
             if runner.coder is not None:
                 out[f"tier_encoded_bytes_total{label}"] = runner.coder.raw_bytes
                 out[f"tier_encoded_stored_bytes_total{label}"] = runner.coder.stored_bytes
-            for name, value in (*runner.counters.items(), *runner.queue.counters.items()):
+        counted = {runner.name: (runner.counters, runner.queue.counters) for runner in (*self._leaving, *self._runners)}
+        for tier, both in (self.gone | counted).items():
+            for name, value in (*both[0].items(), *both[1].items()):
                 kind, _, reason = name.partition(":")
-                labels = f'{{tier="{runner.name}",reason="{reason}"}}' if reason else label
+                labels = f'{{tier="{tier}",reason="{reason}"}}' if reason else f'{{tier="{tier}"}}'
                 out[f"tier_{kind}_total{labels}"] = value
         return out
 
-    def log_losses(self, now: float) -> None:
+    def leaving(self) -> list[dict[str, object]]:
+        """Return the tiers that are being removed. JSON types only."""
+        return [
+            {
+                "name": runner.name,
+                "url": runner.spec.url,
+                "queued_chunks": len(runner.queue),
+                "queued_bytes": runner.queue.queued_bytes,
+                "under_way": dict(runner.under_way),
+            }
+            for runner in self._leaving
+        ]
+
+    def log_losses(self, now: float, runners: Sequence[TierRunner] | None = None) -> None:
         """Log what was not written since the last line, for each tier whose last line is old enough. now: infinity at the end."""
-        for runner in self._runners:
+        for runner in self._runners if runners is None else runners:
             logged_at, before = self._losses[runner]
             counters = runner.counters + runner.queue.counters
             parts = _losses(counters - before) if now - logged_at >= _LOSSES_SECONDS else []
@@ -142,7 +185,7 @@ class TierReport:
 
     def log_drain(self, seconds: float) -> None:
         """Log how many chunks are still written before the end, which takes at most `seconds`."""
-        waiting = sum(len(runner.queue) + runner.chunks_being_written for runner in self._runners)
+        waiting = sum(len(runner.queue) + runner.chunks_being_written for runner in (*self._runners, *self._leaving))
         if waiting:
             logger.info(
                 "Writing %d chunks to tiers before the server ends, for up to %g s; a second signal ends this",
@@ -152,7 +195,7 @@ class TierReport:
 
     def log_left_behind(self, waited_seconds: float) -> None:
         """Log the tiers that could not be closed, because their operations have not ended."""
-        for runner in (one for one in self._runners if not one.closed):
+        for runner in (one for one in (*self._runners, *self._leaving) if not one.closed):
             methods = runner.under_way
             logger.warning(
                 "Tier %s is abandoned: %d calls (%s) have not returned after %.1f s; check whether %s answers",

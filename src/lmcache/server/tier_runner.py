@@ -9,10 +9,13 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lmcache.cache.touches import Touches
+from lmcache.cache.waits import PAUSED
 from lmcache.cache.writeback import WriteQueue
 from lmcache.observability.log import init_logger, printable
 from lmcache.server.loop import Loop
@@ -81,17 +84,31 @@ class TierRunner:
         self.queue = WriteQueue(
             max_queued_bytes, self.tier.batch_bytes, self.tier.batch_shards, l1_bytes, spec.write == "on-evict"
         )
-        self.closed = False
+        self.closed = self.paused = False
+        self.number = -1
+        """Of the tier among all fetches (`Fetches.attach`); -1 until it has one."""
         self._loop = loop
-        self._submitter = submitter(self.tier, self.name, loop.executor, loop.now)
+        self._executors: list[Executor] = []
+        self._submitter = submitter(self.tier, self.name, self._executor, loop.now)
         self.coder = self._submitter.coder if isinstance(self._submitter, BlockingAdapter) else None
         """What encodes for the tier; None for tiers that do not block."""
+        self.touches = Touches() if spec.write != "none" and spec.admit != "all" else None
+        """What a tier that is given only what is wanted a second time has been offered; None for other tiers."""
         self._under_way: dict[_Call, None] = {}
         """The operations that were submitted and have not ended, oldest first."""
         self._usage = Usage(0, 0, None)
         self._closing = False
         self._reported_hanging = False
         self._logged_at = float("-inf")
+
+    def _executor(self, name: str, threads: int) -> Executor:
+        self._executors.append(self._loop.executor(name, threads))
+        return self._executors[-1]
+
+    def release(self) -> None:
+        """End the tier's threads, once it is closed."""
+        for executor in self._executors:
+            self._loop.release(executor)
 
     def count(self, kind: str, reason: str, number: int = 1) -> None:
         """Add to the counter of this kind for a reason that the tier may have made up."""
@@ -116,6 +133,8 @@ class TierRunner:
 
     def known(self, keys: Sequence[ShardKey]) -> list[bool] | None:
         """Return for each key whether the tier has the shard, if it can answer at once; None if it has to be asked."""
+        if self.paused:
+            return None
         try:
             answers = self.tier.known(keys)
             return None if answers is None else one_each(answers, keys)
@@ -184,18 +203,27 @@ class TierRunner:
     def usable(self, now: float) -> bool:
         """Return whether lookups may ask the tier now."""
         stalled = now - self._oldest(_READS, now)[1] > _STALLED_SECONDS
-        return self.spec.read and self.breaker.closed and (self.loads.closed or self.loads.due(now)) and not stalled
+        may = self.spec.read and not self.paused and self.breaker.closed and (self.loads.closed or self.loads.due(now))
+        return may and not stalled
+
+    def why_not_usable(self) -> str:
+        """Return why lookups may not ask the tier, in short."""
+        return PAUSED if self.paused else "not serving"
 
     def may_store(self, now: float) -> bool:
         """Return whether queued chunks may be written now."""
-        return self.breaker.closed and (self.stores.closed or self.stores.due(now))
+        return not self.paused and self.breaker.closed and (self.stores.closed or self.stores.due(now))
 
     def may_store_by(self, moment: float) -> bool:
         """Return whether queued chunks may be written at that time, as far as is known now."""
-        return all(one.closed or one.state == "half-open" or one.due(moment) for one in (self.breaker, self.stores))
+        return not self.paused and all(
+            one.closed or one.state == "half-open" or one.due(moment) for one in (self.breaker, self.stores)
+        )
 
     def state(self, now: float) -> tuple[str, str]:
         """Return the tier's state for /status, and why the tier does not serve or serves only in part; "" if it serves."""
+        if self.paused:
+            return PAUSED, "an operator has paused it (`lmcache tier resume`)"
         if not self.breaker.closed:
             return "failing" if self.breaker.state == "open" else "being tried", self.breaker.reason
         if not self.stores.closed and (len(self.queue) or not self.stores.due(now)):
@@ -219,7 +247,7 @@ class TierRunner:
             call.is_late = True
             self._cancel(call)
             call.late()
-        if self.breaker.probe(now):
+        if not self.paused and not self._closing and self.breaker.probe(now):
             self._submit(Open, self._opened_again, OPEN_SECONDS, judged=False)
         hanging = self._hanging(now)
         if bool(hanging) != self._reported_hanging:

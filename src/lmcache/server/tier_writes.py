@@ -42,12 +42,19 @@ _WRITE = "written", "write_failed"
 
 
 class Writes:
-    """The writes to these tiers, nearest first."""
+    """The writes to these tiers, nearest first. leaving: tiers that are being removed, and are only given what is queued."""
 
-    def __init__(self, loop: Loop, l1: L1, runners: Sequence[TierRunner], fetches: Fetches, report: TierReport) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        l1: L1,
+        runners: Sequence[TierRunner],
+        leaving: Sequence[TierRunner],
+        fetches: Fetches,
+        report: TierReport,
+    ) -> None:
         self._loop, self._l1, self._runners, self._fetches, self._report = loop, l1, runners, fetches, report
-        self.choosy = [(one, Touches()) for one in runners if one.spec.write != "none" and one.spec.admit != "all"]
-        """Tiers that get what is wanted a second time only, and what they have been offered."""
+        self._leaving = leaving
         self.nearly_full: list[TierRunner] = []
         """Tiers that evict soon, by the time of last use."""
         self._used, self._used_until = set[tuple[int, bytes]](), 0.0
@@ -58,25 +65,35 @@ class Writes:
         self._drain_until = 0.0
         self.closed = False
         """Whether nothing more is written."""
-        if runners:
-            l1.events.listen(["stored"], self._stored)
-            l1.events.listen(["cleared"], self._l1_cleared, named=False)
+
+    def listen(self) -> None:
+        """Write what becomes complete in L1 from now on."""
+        self._l1.events.listen(["stored"], self._stored)
+        self._l1.events.listen(["cleared"], self._l1_cleared, named=False)
+
+    @property
+    def choosy(self) -> list[tuple[TierRunner, Touches]]:
+        """Tiers that are given only what is wanted a second time, and what they have been offered."""
+        return [(one, one.touches) for one in self._runners if one.touches is not None]
+
+    @property
+    def _all(self) -> list[TierRunner]:
+        return [*self._runners, *self._leaving]
 
     def _stored(self, event: Event) -> None:
         """Queue chunks that have become complete for every tier that stores; chunks loaded from a tier only for nearer tiers."""
         space = self._l1.space(event.space)
         if space is None:
             return
-        chunk_bytes, choosy = sum(space.shard_bytes), dict(self.choosy)
+        chunk_bytes = sum(space.shard_bytes)
         for runner in takewhile(lambda one: one.name != event.tier, self._runners):
-            hashes, parents = event.hashes, event.parents
-            if runner in choosy:
-                touches = choosy[runner]
+            hashes, parents, touches = event.hashes, event.parents, runner.touches
+            if touches is not None:
                 again = [touches.touch(event.space, one) or bool(event.tier) for one in split_hashes(hashes)]
                 hashes, parents = (b"".join(compress(split_hashes(some), again)) for some in (hashes, parents))
             if runner.spec.write != "none" and hashes:
                 runner.queue.add(event.space, hashes, parents, chunk_bytes, space.shards)
-        self._loop.call_soon(self._pump)  # later, since a listener must not call L1
+        self._loop.call_soon(self.pump)  # later, since a listener must not call L1
 
     def used(self, spaces: Sequence[int], hashes: bytes, chunks: int) -> None:
         """Note that L1 has answered with the first `chunks` chunks. Tiers do not see that, so a full one would lose what all
@@ -100,7 +117,7 @@ class Writes:
             names, parents = (b"".join(_hash(hashes, at - back) for at in own) for back in (0, 1))
             for runner in self.nearly_full if own else ():
                 runner.queue.add_again(space.number, names, parents, sum(space.shard_bytes), space.shards)
-                self._loop.call_soon(self._pump)
+                self._loop.call_soon(self.pump)
 
     def _touch(self, runner: TierRunner, touches: Touches, space: Space, hashes: bytes, found: range) -> None:
         """Give a choosy tier those of the chunks found that are wanted a second time now. `found`: the number of chunks before
@@ -116,7 +133,7 @@ class Writes:
         if own:
             names, parents = (b"".join(_hash(hashes, at - back) for at in own) for back in (0, 1))
             runner.queue.add(space.number, names, parents, sum(space.shard_bytes), space.shards)
-            self._loop.call_soon(self._pump)
+            self._loop.call_soon(self.pump)
 
     def _look_for_full_tiers(self, now: float) -> None:
         """Find the tiers that evict soon, and begin anew to tell them what is used once they have stored much that is newer."""
@@ -136,14 +153,15 @@ class Writes:
 
     def _l1_cleared(self, event: Event) -> None:
         """Drop all queued writes."""
-        for runner in self._runners:
+        for runner in self._all:
             runner.queue.clear()
 
-    def _pump(self) -> None:
+    def pump(self) -> None:
+        """Begin what may be written now."""
         if self.closed:
             return
         now = self._loop.now()
-        for runner in self._runners:
+        for runner in self._all:
             runner.queue.make_ready(self._l1.used_bytes())
             while runner.may_store(now) and runner.writing < runner.write_concurrency:
                 batch = runner.queue.take()
@@ -175,7 +193,7 @@ class Writes:
             let_go(one.payload for one in shards)
             self._l1.release(SERVER, lease)
             self._written(runner, batch, sizes, outcomes, generation != runner.generation)
-            self._pump()
+            self.pump()
 
         runner.store(shards, done)
 
@@ -206,20 +224,20 @@ class Writes:
         tier whose breaker is open counts if its pause ends before that."""
         until = max(self._loop.now(), self._drain_until)
         return all(
-            not runner.writing and (not len(runner.queue) or not runner.may_store_by(until)) for runner in self._runners
+            not runner.writing and (not len(runner.queue) or not runner.may_store_by(until)) for runner in self._all
         )
 
     def drain(self, seconds: float, then: Callable[[], None]) -> None:
         """Write queued chunks for at most `seconds`; call `then` afterwards."""
-        for runner in self._runners:
+        for runner in self._all:
             runner.queue.make_all_ready()
         self._report.log_drain(seconds)
         self._drained, self._drain_until = then, self._loop.now() + seconds
-        self._pump()
+        self.pump()
 
     def tick(self, now: float) -> None:
         self._look_for_full_tiers(now)
-        self._pump()
+        self.pump()
 
 
 def emit_outcomes(

@@ -8,38 +8,33 @@ for each tier moves the bytes, and the outcomes are reported back. Everything ru
 from __future__ import annotations
 
 import math
-from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lmcache.cache import L1, SERVER, Refusal
+from lmcache.cache import L1, Refusal
 from lmcache.cache.allocator import Space
-from lmcache.cache.events import Event
-from lmcache.cache.fetch import Ask, Ended, Fetches
+from lmcache.cache.fetch import Fetches
 from lmcache.cache.groups import longest_prefix
 from lmcache.cache.promises import NOTHING, Asker, Coming
-from lmcache.cache.waits import ASK_SECONDS, FetchRecord, Load, TierTraits, Wanted
-from lmcache.chunks import HASH_BYTES, split_hashes
+from lmcache.cache.waits import ASK_SECONDS, PAUSED, TierTraits, Wanted
+from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
-from lmcache.memory.slabs import NO_EXTENT
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
 from lmcache.server.tier_contents import (
     EarlierEnds,
-    complete_chunks,
     known_chunks,
     known_splits,
     most_asked,
-    shard_keys,
 )
-from lmcache.server.tier_report import TierReport, log_decision
+from lmcache.server.tier_loads import Loads
+from lmcache.server.tier_report import TierReport
 from lmcache.server.tier_runner import CLOSE_SECONDS, OPEN_SECONDS, TierRunner
-from lmcache.server.tier_writes import TIER_FAILED, Writes, emit_outcomes, let_go
-from lmcache.tiers import OK, Region, ShardKey, TierError
+from lmcache.server.tier_writes import Writes, let_go
+from lmcache.tiers import Region, TierError
 
 if TYPE_CHECKING:
     from lmcache.tiers.registry import TierSpec  # imports what only servers with tiers need
@@ -51,22 +46,10 @@ _MOST_ENDS = 8
 """How many earlier ends a lookup tries: what tiers say they have may fail to load at each of them."""
 _MOST_AWAITED_ENDS = 64
 """The same for ends at which other engines are about to store what all groups need."""
+_MOST_NAMES = 512
+"""Numbers of tiers whose names are remembered, for the records of fetches."""
 _SHARE = 0.25
 """Of the time of computing a prompt, for which a lookup waits to hear where an earlier end is."""
-_TOO_LATE = "too late"
-"""Outcome of the shards of a load that ended after its reservations had expired."""
-_LOAD = "loaded", "load_failed"
-"""Kinds of events: of good outcomes, and of the others."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One rank's part of a load: reserved extents at `sectors`, for the shards `keys`."""
-
-    reservation: int
-    keys: list[ShardKey]
-    sectors: list[int]
-    shard_bytes: int
 
 
 class Tiering:
@@ -88,32 +71,91 @@ class Tiering:
     ) -> None:
         self._loop, self._l1 = loop, l1
         self._chunk_tokens, self._always, self._patience_seconds = chunk_tokens, always, patience_seconds
-        self.runners = [TierRunner(loop, spec, queue_bytes, l1.total_bytes) for spec in specs]
-        traits = [
-            TierTraits(one.tier.batch_bytes, one.tier.concurrency, one.usable, one.tier.batch_shards, one.name)
-            for one in self.runners
-        ]
-        self.fetches = Fetches(traits, always, patience_seconds)
+        self._queue_bytes = queue_bytes
+        self.runners: list[TierRunner] = []
+        """Of the attached tiers, nearest first. This list stays the same object, and so does `leaving`."""
+        self.leaving: list[TierRunner] = []
+        """Of tiers that are being removed. Lookups and new writes ignore them."""
+        self._by_number: dict[int, TierRunner] = {}
+        self.names: dict[int, str] = {}
+        """Number of a tier -> name, also of those that were removed lately."""
+        self.fetches = Fetches((), always, patience_seconds)
         self._earlier_ends = EarlierEnds(self.runners, patience_seconds)
-        self.report = TierReport(loop.now, self.runners, self.fetches, chunk_tokens)
-        self.writes = Writes(loop, l1, self.runners, self.fetches, self.report)
+        self.report = TierReport(loop.now, self.runners, self.leaving, self.fetches, self.names, chunk_tokens)
+        self.writes = Writes(loop, l1, self.runners, self.leaving, self.fetches, self.report)
+        self._loads = Loads(loop, l1, self.fetches, self.writes, self._by_number, self.leaving, patience_seconds)
         self.sources = self.runners, l1.promises.by_chunk, l1.reservations, self.fetches.numbered
         """If all are empty, neither tiers nor other engines can bring anything into L1 for a lookup."""
         self._region: Region | None = None
-        self._late_loads = set[int]()
-        """Numbers of loads that are still running after their deadline."""
         self._interrupts = 0
         self.on_clear: list[Callable[[], None]] = []
-        """Called when a tier is being emptied."""
+        """Called when a tier is being emptied or removed."""
+        self.on_join: list[Callable[[TierRunner], None]] = []
+        """Called when a tier has joined."""
         loop.on_tick.append(self._tick)
-        if specs:
-            l1.events.listen(["stored", "refused", "dropped", "evicted", "load_failed"], self.fetches.heard)
+        for spec in specs:
+            self.join(self.runner_of(spec))
 
     def attach(self, region: Region) -> None:
         """Attach all tiers to the memory that their operations will use. Call this before `open`."""
         self._region = region
         for runner in self.runners:
             runner.tier.attach(region)
+
+    # Which tiers there are
+
+    def runner_of(self, spec: TierSpec) -> TierRunner:
+        """Return a runner for the tier, which is not opened yet and has not joined."""
+        runner = TierRunner(self._loop, spec, self._queue_bytes, self._l1.total_bytes)
+        if self._region is not None:
+            runner.tier.attach(self._region)
+        return runner
+
+    def join(self, runner: TierRunner, place: int | None = None) -> None:
+        """Let lookups ask this tier and write to it from now on. place: so many tiers are nearer; None: all."""
+        if not self.names:
+            kinds = ["stored", "refused", "dropped", "evicted", "load_failed"]
+            self._l1.events.listen(kinds, self.fetches.heard)
+            self.writes.listen()
+        tier = runner.tier
+        traits = TierTraits(
+            tier.batch_bytes, tier.concurrency, runner.usable, tier.batch_shards, runner.name, runner.why_not_usable
+        )
+        runner.number = self.fetches.attach(traits, place)
+        self._by_number[runner.number], self.names[runner.number] = runner, runner.name
+        while len(self.names) > _MOST_NAMES:
+            del self.names[next(number for number in self.names if number not in self._by_number)]
+        self.report.joined(runner)
+        self.runners.insert(len(self.runners) if place is None else place, runner)
+        self._earlier_ends.forget()
+        for listener in self.on_join:
+            listener(runner)
+
+    def leave(self, runner: TierRunner) -> None:
+        """Let lookups and new writes ignore this tier from now on. What is queued for it is written until `let_go_of`."""
+        self.runners.remove(runner)
+        self.leaving.append(runner)
+        runner.queue.make_all_ready()
+        self.writes.nearly_full = [one for one in self.writes.nearly_full if one is not runner]
+        self.fetches.detach(self._loop.now(), runner.number)
+        self._earlier_ends.forget()
+        for listener in self.on_clear:
+            listener()
+        self._loads.carry_out()
+        self._loop.call_soon(self.writes.pump)
+
+    def let_go_of(self, runner: TierRunner) -> None:
+        """Drop what is queued for a tier that leaves, cancel its operations, and close it. It is in `leaving` until the last of
+        them has ended, because they may touch memory."""
+        runner.queue.clear("tier removed")
+        runner.close()
+
+    def _forget_closed(self) -> None:
+        for runner in [one for one in self.leaving if one.closed]:
+            self.leaving.remove(runner)
+            self._by_number.pop(runner.number, None)
+            self.report.left(runner)
+            runner.release()
 
     def open(self, required: bool) -> None:
         """Open all tiers concurrently; `interrupt` ends the wait.
@@ -300,7 +342,8 @@ class Tiering:
         """Return how many chunks of this space the engine should wait for."""
         if not all(space.shard_bytes):
             return 0
-        now, coming, knowers = self._loop.now(), 0, [partial(known_chunks, one, space) for one in self.runners]
+        now, coming = self._loop.now(), 0
+        knowers = {one.number: partial(known_chunks, one, space) for one in self.runners}
         for end in _ends(space, len(hashes)):
             part, found = hashes[:end], min(in_l1, end // HASH_BYTES)
             stored_next = self._coming(asker, space.number, part, found, awaited)
@@ -313,7 +356,7 @@ class Tiering:
                 self._l1.promises.give_up(now, name, asker.request, (space.number, missing))
             if found * HASH_BYTES < len(part):
                 break
-        self._carry_out()
+        self._loads.carry_out()
         return coming
 
     def _coming(self, asker: Asker, space_number: int, hashes: bytes, in_l1: int, awaited: int) -> Coming:
@@ -326,112 +369,6 @@ class Tiering:
             return NOTHING
         found = self._l1.coming(now, asker, space_number, hashes[: end * HASH_BYTES], in_l1)
         return found if found.barred or in_l1 + found.chunks > asker.have else NOTHING
-
-    def _carry_out(self) -> None:
-        while self.fetches.effects and not self.writes.closed:
-            effect = self.fetches.effects.pop(0)  # removed first, so that a failing effect does not repeat
-            if isinstance(effect, Ask):
-                self._ask(effect)
-            elif isinstance(effect, Load):
-                self._load(effect)
-            elif isinstance(effect, Ended):
-                self._tell(effect.record)
-            else:
-                log_decision(effect)
-
-    def _tell(self, fetch: FetchRecord) -> None:
-        requests = next(iter(fetch.requests), "")
-        missing = fetch.asked_chunks - fetch.l1_chunks
-        self._l1.events.tell(
-            Event("fetched", fetch.space, missing, fetch.outcome, SERVER, request=requests, fetch=fetch)
-        )
-
-    def _ask(self, ask: Ask) -> None:
-        runner, space = self.runners[ask.tier], self._l1.space(ask.space)
-        if space is None:
-            self.fetches.answered(self._loop.now(), ask.fetch, ask.tier, None, 0.0)
-            return
-        keys, shards = shard_keys(space, ask.hashes), space.shards
-
-        def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
-            complete = None if present is None else complete_chunks(present, shards)
-            self.fetches.answered(self._loop.now(), ask.fetch, ask.tier, complete, seconds)
-            self._carry_out()
-
-        runner.contains(keys, self._patience_seconds, done)
-
-    def _load(self, load: Load) -> None:
-        runner, parts = self.runners[load.tier], self._reserve(load)
-        if not parts:
-            self._loop.call_soon(lambda: self._loaded(load, [], None))
-            return
-        keys, by = [key for part in parts for key in part.keys], (SERVER, runner.name, load.request)
-        into = [self._l1.view(sector, part.shard_bytes) for part in parts for sector in part.sectors]
-
-        paced = runner.tier.is_paced(keys)
-
-        def late() -> None:  # the reservations have expired, so what arrives from now on is not used
-            self._late_loads.add(load.number)
-            runner.count("missed", _TOO_LATE, len(keys))
-            emit_outcomes(self._l1.events, _LOAD, load.space, by, keys, [_TOO_LATE] * len(keys))
-            self.fetches.late(load)
-
-        def done(outcomes: list[str] | None, error: Exception | None, seconds: float) -> None:
-            let_go(into)
-            self._loaded(load, parts, outcomes, paced)
-
-        runner.load(keys, into, self._l1.claim_seconds, late, done)
-
-    def _reserve(self, load: Load) -> list[_Part]:
-        """Reserve extents for a load. Shards that are in L1 or being filled already are left out."""
-        space, parts = self._l1.space(load.space), []
-        if space is None:
-            return []
-        for shard in range(space.shards):
-            now, tier = self._loop.now(), self.runners[load.tier].name
-            try:
-                grant = self._l1.reserve(
-                    now, SERVER, load.space, shard, load.parent, load.root, load.hashes, tier, load.request
-                )
-            except Refusal:  # no memory can be allocated for extents
-                continue
-            if not grant.reservation:
-                continue
-            sectors = array("I", grant.extents)
-            keys = [
-                ShardKey(space.fingerprint, chunk, shard, space.shards)
-                for chunk, sector in zip(split_hashes(load.hashes), sectors, strict=True)
-                if sector != NO_EXTENT
-            ]
-            extents = [sector for sector in sectors if sector != NO_EXTENT]
-            parts.append(_Part(grant.reservation, keys, extents, space.shard_bytes[shard]))
-        return parts
-
-    def _loaded(self, load: Load, parts: list[_Part], outcomes: list[str] | None, paced: bool = True) -> None:
-        """Commit the shards that have arrived. outcomes: one for each shard; None if the tier failed. paced: whether its time
-        shows how fast the tier is."""
-        runner, at, good_bytes = self.runners[load.tier], 0, 0
-        by = SERVER, runner.name, load.request
-        for part in parts:
-            own = outcomes[at : at + len(part.sectors)] if outcomes is not None else [TIER_FAILED] * len(part.sectors)
-            at += len(part.sectors)
-            failed = {sector for sector, outcome in zip(part.sectors, own, strict=True) if outcome != OK}
-            try:
-                self._l1.commit(self._loop.now(), SERVER, part.reservation, len(failed) < len(own), failed)
-            except Refusal:  # the reservation has expired, and others may be filling the chunks
-                failed, own = set(part.sectors), [_TOO_LATE] * len(own)
-            good = len(own) - len(failed)
-            good_bytes += good * part.shard_bytes
-            runner.counters["loaded_shards"] += good
-            if load.number not in self._late_loads:
-                emit_outcomes(self._l1.events, _LOAD, load.space, by, part.keys, own)
-                for outcome in own:
-                    if outcome != OK:
-                        runner.count("missed", outcome)
-        self._late_loads.discard(load.number)
-        runner.counters["loaded_bytes"] += good_bytes
-        self.fetches.loaded(self._loop.now(), load, None if (outcomes is None or not paced) and parts else good_bytes)
-        self._carry_out()
 
     # Clearing and closing
 
@@ -462,7 +399,9 @@ class Tiering:
             runner.generation += 1
             for listener in self.on_clear:
                 listener()
-            if runner.breaker.closed:
+            if runner.paused:
+                cleared(runner, None, TierError(PAUSED, "it is paused"))
+            elif runner.breaker.closed:
                 runner.clear(partial(cleared, runner))
             else:  # report the reason for which the tier does not serve
                 cleared(runner, None, TierError("open", "it does not serve"))
@@ -477,7 +416,7 @@ class Tiering:
         """Close all tiers after the loop has ended. Afterwards only operations that hang hold views of the arena."""
         self.writes.closed = True
         begun = self._loop.now()
-        for runner in self.runners:
+        for runner in (*self.runners, *self.leaving):
             runner.close()
         self._loop.run_until(lambda: self._all_closed or self._interrupts > 1, CLOSE_SECONDS)
         if self._interrupts > 1:
@@ -490,16 +429,17 @@ class Tiering:
 
     @property
     def _all_closed(self) -> bool:
-        return all(runner.closed for runner in self.runners)
+        return all(runner.closed for runner in (*self.runners, *self.leaving))
 
     def _tick(self) -> None:
         now = self._loop.now()
         self.fetches.tick(now)
         self._earlier_ends.tick(now)
-        for runner in self.runners:
+        for runner in (*self.runners, *self.leaving):
             runner.tick(now)
+        self._forget_closed()
         self.report.log_losses(now)
-        self._carry_out()
+        self._loads.carry_out()
         self.writes.tick(now)
 
 

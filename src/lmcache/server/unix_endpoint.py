@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -23,7 +23,7 @@ from lmcache.server.refused import Reason
 from lmcache.server.service import Service
 from lmcache.server.sessions import Peer
 from lmcache.wire import messages as m
-from lmcache.wire.frames import FrameReader, frame, peer_of
+from lmcache.wire.frames import FrameReader, frame, groups_of, peer_of
 
 logger = init_logger(__name__)
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
@@ -42,10 +42,22 @@ _BATCH_BYTES = 1 << 16
 
 
 class UnixEndpoint:
-    """Serves the connections to `listener`. The endpoint closes the listener, and removes its `path` unless that is None."""
+    """Serves the connections to `listener`. The endpoint closes the listener, and removes its `path` unless that is None.
 
-    def __init__(self, loop: Loop, service: Service, listener: socket.socket, path: Path | None) -> None:
+    users, groups: whose processes may connect beside those of the server's own user.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        service: Service,
+        listener: socket.socket,
+        path: Path | None,
+        users: Collection[int] = (),
+        groups: Collection[int] = (),
+    ) -> None:
         self.loop, self.service, self.path = loop, service, path
+        self._users, self._groups = frozenset(users), frozenset(groups)
         self.connections: set[_Connection] = set()
         self.unfinished: set[_Connection] = set()
         """Open connections, and closed ones whose process may still be copying."""
@@ -83,8 +95,11 @@ class UnixEndpoint:
                 return
             sock.setblocking(False)
             pid, uid = peer_of(sock)
-            if uid != os.getuid():
-                why = f"user {uid} is not the server's user {os.getuid()}: run the engine as the same user"
+            if not self._may_enter(sock, uid):
+                why = (
+                    f"user {uid} is not the server's user {os.getuid()}: run the engine as the same user, or start the server "
+                    f"with --allow-uid {uid} and the engine with LMCACHE_ALLOW_SERVER_UID={os.getuid()}"
+                )
                 self._turn_away(sock, f"pid {pid} of user {uid}", "other user", why)
             elif len(self.unfinished) >= MAX_CONNECTIONS:
                 self._turn_away(sock, f"pid {pid}", "too many", f"{MAX_CONNECTIONS} connections are open already")
@@ -95,6 +110,12 @@ class UnixEndpoint:
                 connection = _Connection(self, sock, pid)
                 self.connections.add(connection)
                 self.unfinished.add(connection)
+
+    def _may_enter(self, sock: socket.socket, uid: int) -> bool:
+        """Return whether a process of this user may map the arena. The kernel names users and groups, not the process."""
+        if uid == os.getuid() or uid in self._users:
+            return True
+        return bool(self._groups) and not self._groups.isdisjoint(groups_of(sock))
 
     def _accept_again(self) -> None:
         if self._paused:

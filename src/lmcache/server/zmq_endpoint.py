@@ -204,7 +204,10 @@ class ZmqEndpoint:
 
     def _note_declined(self, request: m.Declined, host: str) -> m.Ok:
         why = auth.REASONS.get(request.reason, "a reason that this server does not know: upgrade it")
-        facts = f"the engine runs as user {request.user}, and the file is {self._cookie_path}"
+        facts = f"the engine runs as user {request.user}, this server as user {os.getuid()}, and the file is {self._cookie_path}"
+        if request.user != os.getuid():
+            own = f"start this server with --allow-uid {request.user} and the engine with LMCACHE_ALLOW_SERVER_UID={os.getuid()}"
+            facts = f"{facts}; on one host there is another way: {own}"
         remedy = f"it does without this server: {why}, or {auth.KEY_FOR_BOTH}; {facts}"
         self.service.sessions.refused.note(who_says(request, host), "no proof", remedy)
         return m.Ok()

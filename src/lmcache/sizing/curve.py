@@ -54,7 +54,7 @@ class Curve:
 
     def __init__(self, l1_bytes: int, by_found: bool) -> None:
         self._sizes = [l1_bytes * one for one in FACTORS]
-        self._by_found, self._chunk_bytes = by_found, 1.0
+        self.by_found, self._chunk_bytes = by_found, 1.0
         self._sample = native.Sample(SAMPLED_CHUNKS, self._sizes)
 
     def looked_up(self, hashes: bytes, found: int, chunk_bytes: int) -> None:
@@ -78,7 +78,7 @@ class Curve:
         (asked, found, fresh, rate, count), seen, hit = self._sample.counts()
         if not asked:
             return None
-        ratios = _Ratios(asked, found, self._by_found)
+        ratios = _Ratios(asked, found, self.by_found)
         whole = ratios.of(seen, hit, 1.0)
         errors = _errors(ratios, seen, hit)
         if rate < 1:
@@ -87,7 +87,7 @@ class Curve:
                 math.hypot(error, slope / math.sqrt(chunks))
                 for error, slope, chunks in zip(errors, _slopes(whole), held, strict=True)
             ]
-        if self._by_found:
+        if self.by_found:
             errors[_NOW] = 0.0
         points, least = list[Point](), 0.0
         for ratio, error in zip(whole, errors, strict=True):

@@ -111,13 +111,7 @@ def tiers_of(l2: Iterable[str], l2_adapter: Iterable[str], runtime: Runtime = RU
     Raises:
         ConfigError: as `make_tiers` and `url_of_adapter`.
     """
-    translated = [url_of_adapter(text) for text in l2_adapter]
-    specs = make_tiers([*l2, *(one.url for one in translated)], runtime)
-    said = dict(zip(range(len(specs) - len(translated), len(specs)), translated, strict=True))
-    return [
-        replace(spec, warning="; ".join(filter(None, [spec.warning, *said[place].said]))) if place in said else spec
-        for place, spec in enumerate(specs)
-    ]
+    return make_tiers([*l2, *(url_of_adapter(text).url for text in l2_adapter)], runtime)
 
 
 def _class_of(url: TierURL) -> type[TierBase]:

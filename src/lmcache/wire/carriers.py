@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,7 +16,7 @@ import zmq
 
 from lmcache.compiled import native
 from lmcache.config.hosts import duplicate, in_url, seconds_left
-from lmcache.errors import ServerUnavailable, WireError
+from lmcache.errors import ServerUnavailable, WireError, plainly
 from lmcache.observability.log import printable
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.wire import auth
@@ -62,7 +62,8 @@ class Carrier(Protocol):
 class UnixCarrier:
     """A connection to the Unix socket of a server on this host. The arena's descriptor arrives with the welcome."""
 
-    def __init__(self, path: str, hello: m.Hello, deadline_seconds: float) -> None:
+    def __init__(self, path: str, hello: m.Hello, deadline_seconds: float, server_uids: Collection[int] = ()) -> None:
+        """server_uids: users beside this process's own whose server is trusted."""
         self._sequence = 0
         self._reader = FrameReader(m.MAX_ANSWER_BYTES)
         self._arrived: list[bytes | memoryview] = []
@@ -74,7 +75,7 @@ class UnixCarrier:
             self._socket.settimeout(seconds_left(deadline))
             self._socket.connect(path)
             _, uid = peer_of(self._socket)
-            if uid != os.getuid():
+            if uid != os.getuid() and uid not in server_uids:
                 raise ServerUnavailable(f"the server there runs as user {uid}, this engine as {os.getuid()}")
             self._socket.settimeout(seconds_left(deadline))
             with suppress(
@@ -91,7 +92,7 @@ class UnixCarrier:
             if self.descriptor >= 0:
                 os.close(self.descriptor)
             shown = printable(path.replace("\0", "@"), 200)  # an abstract socket name is written with an @
-            raise ServerUnavailable(f"{shown}: {error}") from error
+            raise ServerUnavailable(f"{shown}: {plainly(error)}") from error
 
     def exchange(
         self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()
@@ -178,7 +179,7 @@ class ZmqCarrier:
             self._socket.connect(f"tcp://{in_url(self.host)}:{self.port}")
         except zmq.ZMQError as error:
             self.close()
-            raise ServerUnavailable(f"{address}: {error}") from error
+            raise ServerUnavailable(f"{address}: {plainly(error)}") from error
 
     def exchange(
         self, request: m.Message, deadline_seconds: float, frames: Sequence[bytes | memoryview] = ()

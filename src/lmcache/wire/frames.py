@@ -10,6 +10,10 @@ from lmcache.errors import WireError
 
 _LENGTH = struct.Struct("<I")
 _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_SO_PEERGROUPS = 59
+"""Of <asm-generic/socket.h>; Python has no name for it."""
+_MOST_GROUP_BYTES = 1024
+"""Python reads no more of an option. Of a process with more groups only the effective one counts."""
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
@@ -17,6 +21,18 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
     pid, uid, _ = _PEER_CREDENTIALS.unpack(packed)
     return pid, uid
+
+
+def groups_of(connection: socket.socket) -> set[int]:
+    """Return the groups that the process at the other end had when it connected, as the kernel tells: its effective one and, if
+    the kernel is 4.13 or newer, the others."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    found = {_PEER_CREDENTIALS.unpack(packed)[2] & 0xFFFFFFFF}
+    try:
+        packed = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUP_BYTES)
+    except OSError:
+        return found
+    return found | set(memoryview(packed).cast("I"))
 
 
 def frame(payload: bytes) -> bytes:

@@ -12,7 +12,7 @@ import urllib.parse
 from typing import Any, Literal
 
 from lmcache.config.hosts import connect, seconds_left
-from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
+from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable, plainly
 from lmcache.wire.knock import ZMQ, ZMQ_SPEAKS_FIRST, Listener, knock
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -23,17 +23,17 @@ _LONGEST_ANSWER_BYTES = 16 << 20
 
 
 def ask(
-    url: str, path: str, method: str = "GET", token: str = "", seconds: float | None = None
+    url: str, path: str, method: str = "GET", token: str = "", seconds: float | None = None, content: Any = None
 ) -> tuple[int, dict[str, Any]]:
     """Call the server and return (HTTP status, the JSON object of the answer). No proxy is used and no redirect followed, and
-    loopback needs no resolver.
+    loopback needs no resolver. content: sent as JSON, unless it is None.
 
     Raises:
         ConfigError: not a URL of a server.
         ServerUnavailable: nobody listens there, or what listens there does not answer within three seconds, or so many.
         ServerRefused: what answers is not an LMCache server's HTTP endpoint.
     """
-    status, body = _call(url, path, method, token, seconds)
+    status, body = _call(url, path, method, token, seconds, content)
     try:
         answer = json.loads(body)
     except ValueError:
@@ -48,15 +48,19 @@ def status_of(url: str, path: str) -> int:
     return _call(url, path, "GET", "", None)[0]
 
 
-def _call(url: str, path: str, method: str, token: str, seconds: float | None) -> tuple[int, bytes]:
+def _call(
+    url: str, path: str, method: str, token: str, seconds: float | None, content: Any = None
+) -> tuple[int, bytes]:
     parts = _parts(url)
     headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+    body = None if content is None else json.dumps(content).encode()
+    headers |= {} if body is None else {"Content-Type": "application/json"}
     deadline = DEADLINE_SECONDS if seconds is None else seconds
     connection = _Connection(parts, time.monotonic() + deadline)
     try:
-        connection.request(method, parts.path.rstrip("/") + path, headers=headers)
+        connection.request(method, parts.path.rstrip("/") + path, body, headers)
         with connection.getresponse() as response:
-            status, body = response.status, response.read(_LONGEST_ANSWER_BYTES)
+            status, answer = response.status, response.read(_LONGEST_ANSWER_BYTES)
     except (OSError, http.client.HTTPException) as error:
         late = isinstance(error, TimeoutError)
         spoken = "NULL" if isinstance(error, _Zmq) else "" if late else _spoken(parts)
@@ -67,9 +71,9 @@ def _call(url: str, path: str, method: str, token: str, seconds: float | None) -
             ) from None
         if spoken == "HTTP" and parts.scheme == "https":
             raise ServerRefused(f"{url} speaks HTTP without TLS: pass --url http://{parts.netloc}") from None
-        why = f"no answer within {deadline:g} s" if late else f"{error}"
+        why = f"no answer within {deadline:g} s" if late else plainly(error)
         if late and not isinstance(error, _NoConnection):
-            later = " (it may still do what it was asked to, once it goes on)" if method == "POST" else ""
+            later = " (it may still do what it was asked to, once it goes on)" if method != "GET" else ""
             raise ServerUnavailable(
                 f"{url} accepts connections, but there was {why}{later}: if this is `lmcache server`, its process is stopped, "
                 "hangs or is overloaded: look at its state (ps) and its log, and restart it if need be; otherwise pass --url"
@@ -77,7 +81,7 @@ def _call(url: str, path: str, method: str, token: str, seconds: float | None) -
         raise ServerUnavailable(f"no server at {url}: {why}: start `lmcache server`, or pass --url") from None
     finally:
         connection.close()
-    return status, body
+    return status, answer
 
 
 class _Zmq(http.client.HTTPException):
@@ -142,10 +146,10 @@ def _spoken(parts: urllib.parse.SplitResult) -> Listener | Literal[""]:
 
 
 def _parts(url: str) -> urllib.parse.SplitResult:
-    parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
     try:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return parts
     except ValueError:
-        pass  # the port is not a number
+        pass  # the port is not a number, or a bracket is missing
     raise ConfigError(f"--url {url}: must be like {DEFAULT_URL}")

@@ -10,7 +10,7 @@ import os
 import socket
 from pathlib import Path
 
-from lmcache.errors import ConfigError
+from lmcache.errors import ConfigError, plainly
 
 UNIX = "unix://"
 _BACKLOG = 128
@@ -40,8 +40,11 @@ def listen_named(name: str) -> socket.socket:
     return listener
 
 
-def listen_unix(path: Path) -> socket.socket:
+def listen_unix(path: Path, others: bool = False, group: int = -1) -> socket.socket:
     """Listen at `path`, mode 0600. The directory is created (0700) if missing, and sockets of dead servers there are removed.
+
+    others: let other users connect, whom the caller then has to judge by their credentials: members of `group` only (0710, 0660)
+    or, without one, everybody (0711, 0666).
 
     The path appears only once the socket listens, so no client that finds it is refused.
 
@@ -60,6 +63,12 @@ def listen_unix(path: Path) -> socket.socket:
         made.unlink(missing_ok=True)
         listener.bind(str(made))
         os.chmod(made, 0o600)
+        if others:
+            for one, mode in ((directory, 0o700), (made, 0o600)):
+                if group >= 0:
+                    os.chown(one, -1, group)
+                x_or_rw = 0o010 if one is directory else 0o060
+                os.chmod(one, mode | x_or_rw | (0 if group >= 0 else x_or_rw >> 3))
         listener.listen(_BACKLOG)
         try:
             os.link(made, path)
@@ -70,7 +79,9 @@ def listen_unix(path: Path) -> socket.socket:
         raise ConfigError(f"another server listens at {path}: stop it, or give this one another name") from error
     except OSError as error:
         listener.close()
-        raise ConfigError(f"--socket-dir {directory}: cannot listen there: {error}: pass another directory") from error
+        raise ConfigError(
+            f"--socket-dir {directory}: cannot listen there: {plainly(error)}: pass another directory"
+        ) from error
     except ConfigError:
         listener.close()
         raise
