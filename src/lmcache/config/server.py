@@ -22,6 +22,7 @@ from lmcache.errors import ConfigError
 
 POLICIES = ("LRU",)
 HUGE_PAGES = ("auto", "always", "never")
+METRICS_NAMES = ("own", "lmcache-0.5")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 GROUPS = {
     "cache": "the cache",
@@ -151,6 +152,11 @@ class ServerConfig:
         *("PORT", read.integer(0, 65535), 0),
         default_text="none",
         help="A second TCP port that answers as --http-port does, for a Prometheus that is configured for the public project's.",
+    )
+    metrics_names: str = _network(
+        *("NAMES", read.word(*METRICS_NAMES), "own"),
+        help="lmcache-0.5: /metrics also has the names that dashboards of the public project read "
+        "(docs/coming-from-lmcache-0.5.md). own: only this server's.",
     )
     socket_dir: Path = _network(
         *("DIR", read.socket_dir, read.default_socket_dir),

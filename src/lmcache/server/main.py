@@ -197,12 +197,16 @@ def start(
 
 
 def _observe(config: ServerConfig, service: Service, tiers: bool, started: ExitStack) -> None:
-    """Begin what listens to lookups for `lmcache predict` and `lmcache replay`."""
+    """Begin what listens to lookups for `lmcache predict`, `lmcache replay` and the dashboards of the public project."""
     if config.predict == "on":
         from lmcache.server.predicting import Predicting
 
         service.predicting = Predicting(service.loop, service.l1, config.chunk_size, tiers)
         started.callback(service.predicting.close)
+    if config.metrics_names == "lmcache-0.5":
+        from lmcache.server.earlier_names import EarlierNames
+
+        service.earlier_names = EarlierNames(service)
     if config.record_trace is None:
         return
     from lmcache.server.recording import Recording  # imported late, since most servers record nothing

@@ -28,6 +28,7 @@ from lmcache.server.sessions import Peer, Sessions
 from lmcache.wire import messages as m
 
 if TYPE_CHECKING:
+    from lmcache.server.earlier_names import EarlierNames
     from lmcache.server.predicting import Predicting
     from lmcache.server.recording import Recording
     from lmcache.server.tiering import Tiering
@@ -57,6 +58,9 @@ class Service:
         self.counters: Counter[str] = Counter()
         self.recording: Recording | None = None
         self.predicting: Predicting | None = None
+        self.earlier_names: EarlierNames | None = None
+        self.on_copied: list[Callable[[Peer, m.Copied], None]] = []
+        """Called for each copy that a rank reports, in the loop's thread. They must not raise."""
         self._now, self.started = loop.now, loop.now()
         tiers = [runner.name for runner in tiering.runners] if tiering is not None else []
         self.accounts = Accounts(
@@ -321,6 +325,10 @@ class Service:
 
     def _copied(self, peer: Peer, request: m.Copied) -> m.Message:
         name = m.request_name(request.request)
+        if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
+            raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
+        for listener in self.on_copied:
+            listener(peer, request)
         if not request.ok:
             self.accounts.copied(name, f"failed_{request.kind}", request.tokens, 0.0, request.shard)
             self.counters[f"failed_{request.kind}s"] += 1
@@ -328,8 +336,6 @@ class Service:
                 "An engine could not %s %d tokens: see the log of %s", request.kind, request.tokens, peer.who
             )
             return m.Ok()
-        if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
-            raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
         self.accounts.copied(name, request.kind, request.tokens, request.seconds, request.shard)
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens
