@@ -101,6 +101,7 @@ SAMPLES = {
     "api_token": ("0123456789abcdef", "0123456789abcdef"),
     "arena_dir": ("/dev/hugepages", Path("/dev/hugepages")),
     "log_level": ("debug", "DEBUG"),
+    "log_format": ("JSON", "json"),
     "metrics_names": ("LMCACHE-0.5", "lmcache-0.5"),
     "prometheus_port": ("9090", 9090),
     "records_mb": ("16", 16.0),

@@ -26,7 +26,15 @@ from lmcache.errors import ConfigError
 ENV_PREFIX = "LMCACHE_"
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 PREFIX_OF_EXTRA = "lmcache."
-_OTHERS = ("CONFIG_FILE", "L1_SIZE_GB", "LOG_LEVEL", "AUTH_KEY_FILE", "INSECURE_NO_AUTH", "USE_UPSTREAM_MP")
+_OTHERS = (
+    "CONFIG_FILE",
+    "L1_SIZE_GB",
+    "LOG_LEVEL",
+    "LOG_FORMAT",
+    "AUTH_KEY_FILE",
+    "INSECURE_NO_AUTH",
+    "USE_UPSTREAM_MP",
+)
 """Variables with this prefix that other modules read."""
 _OTHER_PREFIXES = ("SERVER_", "TEST_", "DEMO_", "MP_")
 SGLANG_KEYS = ("mp_host", "mp_port", "model_id")

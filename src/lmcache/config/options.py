@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lmcache.config.hosts import in_url
+from lmcache.observability.log import redacted
 
+redacted_url = redacted
 ENV_PREFIX = "LMCACHE_SERVER_"
 GIB = 1 << 30
 _LONGEST_SOCKET_DIR = 80  # bytes: sun_path holds 108, and the socket's own name needs its share
@@ -187,12 +189,6 @@ def peers(text: str) -> tuple[str, ...]:
 def lines(text: str) -> tuple[str, ...]:
     """Parse one value a line, skipping empty lines."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-def redacted_url(text: str) -> str:
-    """Return the text with all parts of URLs that may be passwords replaced by `***`."""
-    text = re.sub(r"(://[^:/?#@]*):[^/?#]*@", r"\1:***@", text)
-    return re.sub(r"([?&][^=&]*(?:key|secret|token|password)(?<!_file)=)[^&]+", r"\1***", text, flags=re.IGNORECASE)
 
 
 def numa(text: str) -> str:

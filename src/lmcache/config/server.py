@@ -23,6 +23,7 @@ from lmcache.errors import ConfigError
 POLICIES = ("LRU",)
 HUGE_PAGES = ("auto", "always", "never")
 METRICS_NAMES = ("own", "lmcache-0.5")
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 GROUPS = {
     "cache": "the cache",
@@ -202,6 +203,11 @@ class ServerConfig:
         *("LEVEL", read.word(*LOG_LEVELS), "INFO"),
         extra_env="LMCACHE_LOG_LEVEL",
         help=f"How much to log: {', '.join(LOG_LEVELS)}.",
+    )
+    log_format: str = _machine(
+        *("FORMAT", read.word(*LOG_FORMATS), "text"),
+        extra_env="LMCACHE_LOG_FORMAT",
+        help="text, or json: one object a line. Times are UTC.",
     )
     records_mb: float = _machine(
         *("MB", read.number(0, 1e5), 64.0),

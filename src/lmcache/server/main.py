@@ -18,7 +18,7 @@ from lmcache.cache import L1
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
-from lmcache.observability.log import init_logger, set_level
+from lmcache.observability.log import init_logger, set_format, set_level
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.server.loop import Loop
 from lmcache.server.reloading import Reloading
@@ -66,6 +66,7 @@ def serve(
         ConfigError: a port, memory or a folder is not available. Everything created before is removed.
     """
     set_level(config.log_level)
+    set_format(config.log_format)
     _allow_many_descriptors()
     reclaim_stale(config.arena_dir, runtime)
     fault: BaseException | None = None

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from lmcache.config.server import OPTIONS, ServerConfig
 from lmcache.errors import ConfigError
-from lmcache.observability.log import init_logger, set_level
+from lmcache.observability.log import init_logger, set_format, set_level
 
 if TYPE_CHECKING:
     from lmcache.server.http import HttpEndpoint
 
 logger = init_logger(__name__)
-_CHANGEABLE = ("log_level", "api_token", "api_token_file")
+_CHANGEABLE = ("log_level", "log_format", "api_token", "api_token_file")
 
 
 class Reloading:
@@ -42,6 +42,7 @@ class Reloading:
         changed = [option for option in OPTIONS if getattr(new, option.name) != getattr(self._given, option.name)]
         later = [option.key for option in changed if option.name not in _CHANGEABLE]
         set_level(new.log_level)
+        set_format(new.log_format)
         if self._http is not None:
             self._http.use_token(new.api_token)
         self._given = new

@@ -333,14 +333,17 @@ class Service:
             self.accounts.copied(name, f"failed_{request.kind}", request.tokens, 0.0, request.shard)
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning(
-                "An engine could not %s %d tokens: see the log of %s", request.kind, request.tokens, peer.who
+                "An engine could not %s %d tokens: see the log of %s",
+                *(request.kind, request.tokens, peer.who),
+                extra={"request": name},
             )
             return m.Ok()
         self.accounts.copied(name, request.kind, request.tokens, request.seconds, request.shard)
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens
         self.counters[f"{past}_microseconds"] += int(request.seconds * 1e6)
-        logger.info("%s %d tokens in %.3f seconds", past.capitalize(), request.tokens, request.seconds)
+        told = past.capitalize(), request.tokens, request.seconds
+        logger.info("%s %d tokens in %.3f seconds", *told, extra={"request": name})
         return m.Ok()
 
     def _dropped(self, peer: Peer, request: m.Dropped) -> m.Message:

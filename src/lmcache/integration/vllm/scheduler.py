@@ -473,7 +473,8 @@ class SchedulerSide:
         if self._logs and tracker.logged != (found, gain):
             tracker.logged = found, gain
             text = "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d"
-            logger.info(text, tracker.id, tracker.request.num_tokens, found, gain)
+            told = tracker.id, tracker.request.num_tokens, found, gain
+            logger.info(text, *told, extra={"request": tracker.id})
 
 
 def _was_preempted(tracker: Tracker) -> bool:
