@@ -102,6 +102,7 @@ SAMPLES = {
     "arena_dir": ("/dev/hugepages", Path("/dev/hugepages")),
     "log_level": ("debug", "DEBUG"),
     "log_format": ("JSON", "json"),
+    "otlp_endpoint": ("http://localhost:4318", "http://localhost:4318"),
     "metrics_names": ("LMCACHE-0.5", "lmcache-0.5"),
     "prometheus_port": ("9090", 9090),
     "records_mb": ("16", 16.0),

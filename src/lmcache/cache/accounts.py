@@ -60,6 +60,18 @@ class Twin(NamedTuple):
         return f"model {self.model or '?'} (space {self.space}); so the model, its revision, dtype or layout differs"
 
 
+class Account(NamedTuple):
+    """What became of one lookup. waited: seconds. tokens: of the prompt; found, missed: tokens by source and by reason."""
+
+    process: int
+    request: str
+    waited: float
+    tokens: int
+    found: dict[str, int]
+    missed: dict[str, int]
+    fetch: FetchRecord | None
+
+
 class Accounts:
     """All lookups of one server.
 
@@ -103,6 +115,8 @@ class Accounts:
         self._most_copies = most_bytes // 32 // _COPIES_BYTES
         self._twin: Twin | None = None
         """The twin of the lookup that is being accounted for."""
+        self.on_account: list[Callable[[Account], None]] = []
+        """Told of each lookup that has been accounted for."""
         self._why = ""
         """Why the first chunk was missing, of the lookup that L1 is answering."""
         events.listen(["missed"], self._missed, named=False)
@@ -205,6 +219,8 @@ class Accounts:
             self.found[source] += count
         for reason, count in missed.items():
             self.missed[reason] += count
+        for told in self.on_account:
+            told(Account(event.process, event.request, now - since, tokens, found, missed, fetch))
         if self._seen is not None:
             reason, chunk = (runs[0][0], usable) if runs else (next(iter(missed)), asked) if missed else ("", -1)
             if reason == "differs":

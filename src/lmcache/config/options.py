@@ -173,6 +173,13 @@ def urls(text: str) -> tuple[str, ...]:
     return found
 
 
+def one_url(text: str) -> str:
+    """Parse the URL of an HTTP server, or nothing."""
+    if text and not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", text):
+        raise ValueError("must be a URL such as http://localhost:4318")
+    return text
+
+
 def peers(text: str) -> tuple[str, ...]:
     """Parse the addresses of servers, separated by commas. A port that is missing is 5555."""
     found = []

@@ -159,6 +159,12 @@ class ServerConfig:
         help="lmcache-0.5: /metrics also has the names that dashboards of the public project read "
         "(docs/coming-from-lmcache-0.5.md). own: only this server's.",
     )
+    otlp_endpoint: str = _network(
+        *("URL", read.one_url, ""),
+        default_text="none, nothing is sent",
+        help="Send a span for each request to this OpenTelemetry collector, by OTLP over HTTP: http://localhost:4318. "
+        "Needs pip install 'lmcache[otel]'.",
+    )
     socket_dir: Path = _network(
         *("DIR", read.socket_dir, read.default_socket_dir),
         default_text="$XDG_RUNTIME_DIR/lmcache or /tmp/lmcache-UID",
@@ -287,6 +293,8 @@ def shown(option: Option, value: object) -> object:
         return "auto"
     if option.name == "l2_queue_gb" and not value:
         return "half of L1"
+    if option.name == "otlp_endpoint":
+        return read.redacted_url(str(value))
     if isinstance(value, tuple):
         return [read.redacted_url(one) for one in value]
     return str(value) if isinstance(value, Path) else value

@@ -52,7 +52,9 @@ class Request:
     number of ranks that have not ended it.
 
     tail_leaves: how many of the prompt's last tokens its tail leaves out, None for no tail, in an engine that does not store the
-    tail of every prompt. stores_tail: whether this engine stores it; else another one does."""
+    tail of every prompt. stores_tail: whether this engine stores it; else another one does.
+
+    trace: the W3C traceparent that the request has come with, for the server's spans."""
 
     id: Hashable
     salt: str = ""
@@ -75,6 +77,7 @@ class Request:
     jobs: dict[str, int] = field(default_factory=dict)
     tail_leaves: int | None = None
     stores_tail: bool = False
+    trace: str = ""
 
     def all_tables(self, groups: int) -> list[list[int]]:
         """Return the block table of each group; empty ones if only the ranks know them."""
@@ -208,6 +211,7 @@ class Requests(Generic[RequestT]):
                 "again": same,
                 "stores_tail": stores_tail,
                 "tokens": len(tokens),
+                "trace": request.trace,
             }
             if not self._loads:
                 ask = partial(session.poll, loads=False)

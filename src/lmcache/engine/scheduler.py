@@ -144,6 +144,7 @@ class SchedulerSession(Session):
         again: bool = False,
         stores_tail: bool = True,
         tokens: int = 0,
+        trace: str = "",
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -153,7 +154,7 @@ class SchedulerSession(Session):
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             asked = chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine
-            found = self.poll(*asked, halts=True, again=again, stores_tail=stores_tail, tokens=tokens)
+            found = self.poll(*asked, halts=True, again=again, stores_tail=stores_tail, tokens=tokens, trace=trace)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
@@ -182,6 +183,7 @@ class SchedulerSession(Session):
         stores_tail: bool = True,
         loads: bool = True,
         tokens: int = 0,
+        trace: str = "",
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
@@ -193,7 +195,7 @@ class SchedulerSession(Session):
         the chunks that it does not find. halts: whether it computes nothing while the answer is `Loading`. again: whether the
         server has counted an earlier answer to the same request. stores_tail: whether the engine stores the tail, too. loads: if
         false, only announce what the engine will store, and return None.
-        tokens: of the complete prompt, for the server's accounts.
+        tokens: of the complete prompt, for the server's accounts. trace: the request's W3C traceparent, "" if it has none.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -211,7 +213,7 @@ class SchedulerSession(Session):
             request = m.Lookup(
                 *(self._space, hashes, first if loads else len(hashes) // HASH_BYTES, prefill_rate, name, self._others),
                 *(any_split, m.request_name(engine), halts, again, loads),
-                *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, chain.text),
+                *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, chain.text, trace),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:

@@ -198,7 +198,7 @@ def start(
 
 
 def _observe(config: ServerConfig, service: Service, tiers: bool, started: ExitStack) -> None:
-    """Begin what listens to lookups for `lmcache predict`, `lmcache replay` and the dashboards of the public project."""
+    """Begin what listens to lookups for `lmcache predict`, `lmcache replay` the dashboards of the public project, and spans."""
     if config.predict == "on":
         from lmcache.server.predicting import Predicting
 
@@ -208,6 +208,15 @@ def _observe(config: ServerConfig, service: Service, tiers: bool, started: ExitS
         from lmcache.server.earlier_names import EarlierNames
 
         service.earlier_names = EarlierNames(service)
+    if config.otlp_endpoint:
+        from lmcache.server.tracing import Tracing
+
+        sessions = service.sessions
+        tracing = Tracing(service.loop.runtime, config.otlp_endpoint, sessions.server_id.hex(), sessions.describe)
+        service.tracing = tracing
+        service.accounts.on_account.append(tracing.accounted)
+        service.on_copied.append(tracing.copied)
+        started.callback(tracing.exporter.close)
     if config.record_trace is None:
         return
     from lmcache.server.recording import Recording  # imported late, since most servers record nothing

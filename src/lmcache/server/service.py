@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lmcache.server.predicting import Predicting
     from lmcache.server.recording import Recording
     from lmcache.server.tiering import Tiering
+    from lmcache.server.tracing import Tracing
 
 logger = init_logger(__name__)
 MAX_DROP_REASONS = 32
@@ -59,6 +60,7 @@ class Service:
         self.recording: Recording | None = None
         self.predicting: Predicting | None = None
         self.earlier_names: EarlierNames | None = None
+        self.tracing: Tracing | None = None
         self.on_copied: list[Callable[[Peer, m.Copied], None]] = []
         """Called for each copy that a rank reports, in the loop's thread. They must not raise."""
         self._now, self.started = loop.now, loop.now()
@@ -198,6 +200,8 @@ class Service:
         hashes = request.hashes
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes of hashes: the length must be a multiple of 16")
+        if self.tracing is not None:
+            self.tracing.asked(peer, request)
         first, spaces = max(0, request.first_wanted), [request.space, *request.others]
         if len(hashes) // 16 * len(spaces) > _FEW_CHUNKS or peer.held_bytes:
             hashes = self._answerable(peer, request, spaces, first)
@@ -290,6 +294,8 @@ class Service:
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
             self.accounts.forget(peer.process, name)
+            if self.tracing is not None:
+                self.tracing.ended(peer, name)
             if self.tiering is not None:
                 self.tiering.fetches.withdraw(self._now(), peer.process, name)
         return m.Ok(len(request.leases))

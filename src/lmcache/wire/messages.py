@@ -136,6 +136,8 @@ class Lookup(Message, frozen=True, tag=4):
     prompt is shorter than a chunk, and the message only reports it."""
     text: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
     """A hash of the first chunk's tokens alone, so that the server can tell a new prompt from one of another model or salt."""
+    trace: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    """The W3C `traceparent` of the request where the engine has one, for spans."""
 
 
 class Release(Message, frozen=True, tag=5):
