@@ -169,7 +169,7 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     numbers = [panel["id"] for panel in dashboard["panels"]]
     assert len(numbers) == len(set(numbers)) > 10
     asked = {name for text in expressions() for name in re.findall(r"lmcache_([a-z0-9_]+)", text)}
-    assert asked and asked <= {*HELP}
+    assert asked and {re.sub("_bucket$", "", name) for name in asked} <= {*HELP}
     boxes = [panel["gridPos"] for panel in dashboard["panels"]]
     for place, one in enumerate(boxes):
         assert one["x"] + one["w"] <= 24
@@ -235,5 +235,5 @@ def test_prometheus_answers_every_expression_of_the_dashboard(
                 silent.append(text)
     finally:
         scraper.end()
-    of_tiers = "lmcache_tier_", "lmcache_refused_engines", "lmcache_fetches_", "predicted"
+    of_tiers = "lmcache_tier_", "lmcache_refused_engines", "lmcache_fetches_", "predicted"  # not there yet
     assert [text for text in silent if not any(name in text for name in of_tiers)] == []

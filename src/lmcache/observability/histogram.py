@@ -20,6 +20,13 @@ class Histogram:
         """How many values there were."""
         return sum(self._counts)
 
+    def __add__(self, other: Histogram) -> Histogram:
+        """Return a histogram of the values of both, which have the same bounds."""
+        both = Histogram(self._bounds)
+        both._counts = [one + more for one, more in zip(self._counts, other._counts, strict=True)]
+        both.sum = self.sum + other.sum
+        return both
+
     def observe(self, value: float) -> None:
         """Count one value."""
         self._counts[bisect_left(self._bounds, value)] += 1

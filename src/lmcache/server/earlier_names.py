@@ -36,6 +36,9 @@ HELP_0_5: dict[str, str] = {
     "mp_num_chunks_loaded_total": "Shards that engines have loaded, in whole chunks.",
     "mp_l0_l1_store_throughput_GB_per_second": "Rate of a rank's store copy, in 10^9 bytes per second.",
     "mp_l0_l1_load_throughput_GB_per_second": "Rate of a rank's load copy, in 10^9 bytes per second.",
+    "mp_l1_chunk_lifetime_seconds": "Age of chunks when they were evicted, of a sample of 1 %.",
+    "mp_l1_chunk_idle_before_evict_seconds": "Time from a chunk's last use, or its store, to its eviction, of the sample.",
+    "mp_l1_chunk_reuse_gap_seconds": "Time from a chunk's use, or its store, to its next use, of the sample.",
     "mp_active_prefetch_jobs": "Lookups that wait for tiers or other engines now.",
     "mp_num_inflight_l2_stores": "Writes that the tier has not ended yet.",
     "mp_num_inflight_l2_loads": "Loads that the tier has not ended yet.",
@@ -127,6 +130,11 @@ class EarlierNames:
             "mp_num_chunks_loaded_total": loaded,
             **_memory_of(l1),
         }
+        if service.lifetimes is not None:
+            lives = service.lifetimes
+            out |= lives.eviction_age.counters("mp_l1_chunk_lifetime_seconds")
+            out |= lives.idle_before_eviction.counters("mp_l1_chunk_idle_before_evict_seconds")
+            out |= (lives.first_hit_age + lives.reuse_gap).counters("mp_l1_chunk_reuse_gap_seconds")
         asked, hit = (
             sum(value for (name, _), value in self._counts.items() if name == f"mp_lookup_{kind}_tokens_total")
             for kind in ("requested", "hit")

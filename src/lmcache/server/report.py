@@ -225,6 +225,8 @@ class Report:
             out |= service.predicting.counters()
         if service.tiering is not None:
             out |= service.tiering.report.counters()
+        if service.lifetimes is not None:
+            out |= service.lifetimes.counters()
         if service.tracing is not None:
             out |= service.tracing.counters()
         if service.earlier_names is not None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
 from lmcache.cache.accounts import Accounts
 from lmcache.cache.heart import MAX_SHARDS
+from lmcache.cache.lifetimes import Lifetimes
 from lmcache.cache.promises import Asker
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
@@ -68,6 +69,7 @@ class Service:
         self.accounts = Accounts(
             l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers, self.sessions.describe
         )
+        self.lifetimes = Lifetimes(l1.events, loop.now) if records_bytes else None
         self.sessions.on_gone.append(self.accounts.forget)
         self._untold: tuple[Peer, m.Lookup, str, bytes, int] | None = None
         """The lookup that is being answered; listeners hear of it when the answer has been sent."""
