@@ -115,3 +115,4 @@ def test_a_server_has_them_unless_it_remembers_nothing(server: Callable[..., Ser
             assert counters["chunk_reuses_count"] == counters["evicted_chunks_total"] > 0
             assert counters["chunks_followed"] == counters["complete_chunks"]
         raw.close()
+        cache.end()  # both would listen in one folder
