@@ -112,6 +112,9 @@ class Session:
         slots = struct.pack(f"<{chunks - first}I", *range(first, chunks))
         return Hit(chunks, first, len(self.lookups), slots, 1, self.epoch)
 
+    def differs(self, token: int, request_id: str) -> None:
+        """What the server's records are told of prompts that part."""
+
     def too_short(self, tokens: int, request_id: str) -> None:
         """What the server's accounts are told of prompts that it is not asked about."""
 

@@ -34,7 +34,7 @@ MOST_FETCHES = 1024
 _LATELY_SECONDS = 1.5
 """A lookup without a wait belongs to a fetch of its chunks that ended so long ago: it was not repeated for that reason."""
 MOST_TOKENS = 1 << 31
-_TEXT_BYTES, _COPIES_BYTES = 400, 800
+_TEXT_BYTES, _COPIES_BYTES, _POSITION_BYTES = 400, 800, 300
 """Memory of an entry, at most (measured by tests/test_accounts.py)."""
 Run = tuple[str, int]
 """A reason, and the number of consecutive chunks that are missing for it."""
@@ -99,7 +99,7 @@ class Accounts:
         """Tokens by source."""
         self.missed = Counter(dict.fromkeys(REASONS, 0))
         """Tokens by reason."""
-        self.records = Records(most_bytes // 2)
+        self.records = Records(most_bytes * 31 // 64)
         self.waiting: OrderedDict[tuple[int, object], tuple[float, int]] = OrderedDict()
         """(process, request, or the last hash if it has no id) -> since when the lookup waits, and what L1 had then."""
         self._seen = Seen(most_bytes * 7 // 16 // ENTRY_BYTES) if most_bytes else None
@@ -112,7 +112,9 @@ class Accounts:
         self._fetches: OrderedDict[object, FetchRecord] = OrderedDict()
         """The fetches that ended last, by the id of a request and by the last hash."""
         self._copies = OrderedDict[str, Copies]()
-        self._most_copies = most_bytes // 32 // _COPIES_BYTES
+        self._positions = OrderedDict[str, int]()
+        """Request -> where its engine says that the prompt parts from the nearest one."""
+        self._most_copies, self._most_positions = most_bytes // 32 // _COPIES_BYTES, most_bytes // 64 // _POSITION_BYTES
         self._twin: Twin | None = None
         """The twin of the lookup that is being accounted for."""
         self.on_account: list[Callable[[Account], None]] = []
@@ -299,6 +301,21 @@ class Accounts:
     def copies_of(self, requests: Iterable[str]) -> dict[str, Copies]:
         """Return the copies of these requests, as far as they are still remembered."""
         return {name: dict(found) for name in requests if (found := self._copies.get(name))}
+
+    def differs(self, request: str, token: int) -> None:
+        """Note that a prompt differs from the nearest one that its engine knows from this token on."""
+        if self._seen is None or not request or not 0 <= token < MOST_TOKENS:
+            return
+        self._positions[request] = token
+        self._positions.move_to_end(request)
+        if len(self._positions) > self._most_positions:
+            self._positions.popitem(last=False)
+
+    def position_of(self, record: Record) -> int:
+        """Return the token from which on the prompt of this record differs from the nearest known one; -1 if that is unknown, or
+        not the reason why its first missing chunk was not found."""
+        token = self._positions.get(record.request, -1) if record.reason in ("differs", "never_seen") else -1
+        return token if 0 <= token < record.tokens and token // record.chunk_tokens == record.chunk else -1
 
     # Reasons
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from lmcache.chunks import HASH_BYTES, TokenChain
 from lmcache.chunks.hashing import Extras
+from lmcache.engine.nearest import Nearest
 from lmcache.engine.plans import LoadPlan, StorePlan
 from lmcache.engine.prefill import PrefillRate
 from lmcache.engine.scheduler import Hit, Loading, SchedulerSession
@@ -158,6 +159,7 @@ class Requests(Generic[RequestT]):
         self.storing: dict[str, RequestT] = {}
         """Requests with a store that at least one rank has not ended yet, by job."""
         self._jobs = 0
+        self._nearest = Nearest()
 
     # Lookups
 
@@ -223,6 +225,11 @@ class Requests(Generic[RequestT]):
             request.wait = Wait(began, found, now + min(MISS_SECONDS, WAIT_SHARE * (now - began)))
             request.promised, request.asked_tokens = 0, len(tokens)
             return found
+        if chain is not None and not same and self._loads:
+            missing = found.chunks if found is not None else have // chain.chunk_tokens
+            position = self._nearest.missed(chain, tokens, missing) if missing < len(chain) else -1
+            if position >= 0:
+                session.differs(position, str(request.id))
         request.wait = None
         request.promised = len(chain) + stores_tail if chain is not None and self._stores else 0
         if found is not None and chain is not None:

@@ -92,6 +92,8 @@ class SchedulerSession(Session):
         self._others: list[int] = []
         """The spaces of the further groups."""
         self._reaches: list[int] = []
+        self._takes_positions = False
+        """Whether the server wants to know where prompts part."""
         """How many chunks before the end of a hit each group needs; 0 for all of them."""
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
@@ -286,6 +288,11 @@ class SchedulerSession(Session):
         if self._connection.connected:
             self._connection.post(m.Release([], [m.request_name(request_id)]))
 
+    def differs(self, token: int, request_id: str) -> None:
+        """Tell the server from which token on a prompt that was looked up differs from the nearest known one, for its records."""
+        if self._takes_positions and self._connection.connected:
+            self._connection.post(m.Differs(m.request_name(request_id), token))
+
     def too_short(self, tokens: int, request_id: str) -> None:
         """Report a prompt that does not fill a chunk, so that the server can account for it. Nothing is looked up."""
         if self._chunk_tokens and self._connection.connected:
@@ -350,6 +357,7 @@ class SchedulerSession(Session):
                 request = structs.replace(request, follows=True)
             registered = ask(carrier, request, m.Registered)
             self._followed |= registered.followed
+            self._takes_positions = registered.positions
             spaces.append(registered.space)
         if welcome.holds_for != self._epoch:
             self._late, self._held = [], set()

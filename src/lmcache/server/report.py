@@ -106,8 +106,13 @@ class Report:
             raise ConfigError("the server remembers no requests: start it with --records-mb 64")
         blocks, totals = self._loop.ask(self._blocks_and_totals)
         found, rest = select(blocks, request=request, misses=misses, since=since, before=before, limit=limit)
-        copies = self._loop.ask(lambda: accounts.copies_of(one.request for one in found))
-        described = [one.described() | {"copies": copies.get(one.request, {})} for one in found]
+        copies, positions = self._loop.ask(
+            lambda: (accounts.copies_of(one.request for one in found), [accounts.position_of(one) for one in found])
+        )
+        described = [
+            one.described() | {"copies": copies.get(one.request, {}), "differs_at": position}
+            for one, position in zip(found, positions, strict=True)
+        ]
         return {"requests": described, "next": rest, "totals": totals}
 
     def status(self) -> dict[str, object]:

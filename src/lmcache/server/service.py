@@ -90,6 +90,7 @@ class Service:
             m.Copied: self._copied,
             m.Clear: lambda peer, request: m.Ok(self.clear()),
             m.Dropped: self._dropped,
+            m.Differs: self._differs,
             m.Bye: self._bye,
             m.TakeNews: lambda peer, request: self.followers.take(peer.process),
         }
@@ -196,7 +197,7 @@ class Service:
             logger.info("Registered KV cache for GPU ID %d with %d layers (%s)", peer.pid, layout.num_layers, peer.who)
         if request.follows:
             self.followers.follow(peer.process, space)
-        return m.Registered(space, request.follows)
+        return m.Registered(space, request.follows, True)
 
     def _lookup(self, peer: Peer, request: m.Lookup) -> m.Message:
         hashes = request.hashes
@@ -360,6 +361,10 @@ class Service:
             reason = "other"
         self._drop_reasons.add(reason)
         self.counters[f"engine_dropped:{reason}"] += max(0, request.chunks)
+        return m.Ok()
+
+    def _differs(self, peer: Peer, request: m.Differs) -> m.Message:
+        self.accounts.differs(m.request_name(request.request), request.token)
         return m.Ok()
 
     def _bye(self, peer: Peer, request: m.Request) -> m.Message:
