@@ -323,7 +323,9 @@ class EngineProcess(Process):
             line = self._next(deadline)
             assert line is not None, f"the engine has ended:\n{''.join(self.log[-30:])}"
             with contextlib.suppress(json.JSONDecodeError):
-                return json.loads(line)
+                answer = json.loads(line)
+                if not isinstance(answer, dict) or "logger" not in answer:
+                    return answer
 
     def ask(self, do: str, **command: Any) -> Any:
         self.say(do=do, **command)

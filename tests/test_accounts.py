@@ -200,11 +200,13 @@ def test_copies_and_texts_stay_within_their_memory() -> None:
             accounts.copied(
                 "an engine", f"chatcmpl-{number:032x}-{number:08x}", kind, 100_000 + number, 1.5 + number, 0
             )
+        accounts.differs("an engine", f"chatcmpl-{number:032x}-{number:08x}", 1_000_000 + number)
         accounts._twin_of(Event("answered", 0, 1, text=dice.randbytes(8)), [dice.randrange(1 << 63)])
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(accounts._copies) == (1 << 20) // 800 and len(accounts._texts) == (1 << 20) // 400
-    assert used < 2 << 20, used
+    assert len(accounts._positions) == (1 << 19) // 300
+    assert used < 5 << 19, used
 
 
 def test_records_keep_the_latest_and_page() -> None:

@@ -38,7 +38,7 @@ FLOORS = {
 }
 """`__init__` exports what other programs use from floor 7 and below. `v1` and `utils` hold names that engines dictate, so they
 stand where integrations do."""
-BESIDE = {("cli", "bench"), ("config", "errors"), ("observability", "errors")}
+BESIDE = {("cli", "bench"), ("config", "errors"), ("config", "observability"), ("observability", "errors")}
 """On the same floor, and allowed in this direction only."""
 NATIVE_USERS = {"transfer", "cache", "tiers", "wire", "sizing"}
 """Of `compiled`, which alone imports `_native`."""

@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 from lmcache.cache import Event, Heart
+from lmcache.cache.table import Table
 from lmcache.cli.main import main
 from lmcache.server.loop import Loop
 from lmcache.server.recording import Recording
 from lmcache.sizing.readers import Trace
+from lmcache.sizing.replay import POLICIES
 from lmcache.sizing.trace import Lookup, Opened, restored, runs_of, shortened
+from policies import TwoQueues
 from servers import Raw, Server, eventually
 
 CHUNK_BYTES = 64 << 10
@@ -180,6 +183,25 @@ def test_wrong_flags_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "pass --bytes-per-token" in refused(capsys, str(path), "--l1-size-gb", "1")
     assert "No such file" in refused(capsys, str(tmp_path / "none"), "--capacity-blocks", "1")
     assert "L1 has 0.1 MiB" in refused(capsys, str(path), "--l1-size-gb", "0.0001", "--bytes-per-token", "1000")
+
+
+def test_a_trace_is_compared_with_another_or_a_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, prompts in (("one", ("a b c", "a b c")), ("other", ("a b c", "d e f"))):
+        (tmp_path / name).write_text("".join(f"{at},{hashes}\n" for at, hashes in enumerate(prompts)))
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    told = replayed(capsys, one, "--against", other, "--capacity-blocks", "2,10")
+    assert [row["token_hit_ratio"] for row in told["results"]] == [pytest.approx(1 / 3, abs=1e-6), 0.5]
+    assert [row["token_hit_ratio"] for row in told["against"]] == [0, 0] and told["against_trace"]["requests"] == 2
+    assert main(["replay", one, "--against", other, "--capacity-blocks", "10"]) == 0
+    assert "LRU, 10 blocks: 50.00% of the tokens found, and 0.00%: +50.00 points" in capsys.readouterr().out
+    monkeypatch.setitem(POLICIES, "Queues", lambda now: lambda shards: Table(shards, TwoQueues()))
+    told = replayed(capsys, one, "--against", "queues", "--capacity-blocks", "2,10")
+    assert [[row["policy"] for row in told[part]] for part in ("results", "against")] == [["LRU"] * 2, ["Queues"] * 2]
+    assert "neither a file nor a policy" in refused(capsys, one, "--against", "fifo", "--capacity-blocks", "9")
+    both = "--eviction-policy", "LRU,Queues", "--against", "Queues"
+    assert "pass one --eviction-policy" in refused(capsys, one, *both, "--capacity-blocks", "9")
 
 
 def test_hashes_are_shortened_and_runs_are_found() -> None:

@@ -39,7 +39,7 @@ from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import empty as empty_vllms_cache
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.rules import names_items
-from lmcache.integration.vllm.scheduler import SchedulerSide
+from lmcache.integration.vllm.scheduler import SchedulerSide, _trace_of
 from lmcache.integration.vllm.settings import parse_host, read_settings, recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.transfer.fitted import fit_strides
@@ -68,6 +68,7 @@ class Session:
         """Under which each lookup has announced what it does not find."""
         self.tails: list[tuple[bool, bool]] = []
         """Whether each lookup has named a tail, and whether the request stores it."""
+        self.traces: list[str] = []
         self.withdrawn: list[str] = []
         self.leased: set[int] = set()
         self.closed = False
@@ -94,7 +95,9 @@ class Session:
         stores_tail: bool = True,
         tokens: int = 0,
         loads: bool = True,
+        trace: str = "",
     ) -> Hit | Loading | None:
+        self.traces.append(trace)
         self.tails.append((bool(tail), bool(tail) and stores_tail))
         self.engines.append(engine)
         self.requests.append(request_id)
@@ -108,6 +111,9 @@ class Session:
         self.leased.add(len(self.lookups))
         slots = struct.pack(f"<{chunks - first}I", *range(first, chunks))
         return Hit(chunks, first, len(self.lookups), slots, 1, self.epoch)
+
+    def differs(self, token: int, request_id: str) -> None:
+        """What the server's records are told of prompts that part."""
 
     def too_short(self, tokens: int, request_id: str) -> None:
         """What the server's accounts are told of prompts that it is not asked about."""
@@ -252,6 +258,19 @@ def test_the_prefill_rate_that_was_seen_is_told_and_whose_lookup_it_is() -> None
     scheduler.match(Request("b", list(range(100))), 0)
     assert session.rates == [0.0, pytest.approx(2000 - 0.05 * (2000 - 500))], "decodes and pauses count little"
     assert session.requests == ["a", "b"]
+
+
+def test_the_trace_that_a_request_has_come_with_is_told() -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    assert _trace_of(SimpleNamespace(trace_headers={"traceparent": parent, "tracestate": "x"})) == parent
+    assert _trace_of(SimpleNamespace(trace_headers=None)) == _trace_of(SimpleNamespace()) == ""
+    session = Session()
+    scheduler = half(session)
+    for headers in (None, {"traceparent": parent}):
+        request = Request(f"with {headers}", list(range(100)))
+        request.trace_headers = headers  # type: ignore[attr-defined]
+        scheduler.match(request, 0)
+    assert session.traces == ["", parent]
 
 
 def test_a_lease_that_starts_behind_a_shrunken_local_hit_is_not_used() -> None:

@@ -35,7 +35,7 @@ MOST_FETCHES = 1024
 _LATELY_SECONDS = 1.5
 """A lookup without a wait belongs to a fetch of its chunks that ended so long ago: it was not repeated for that reason."""
 MOST_TOKENS = 1 << 31
-_TEXT_BYTES, _COPIES_BYTES = 400, 800
+_TEXT_BYTES, _COPIES_BYTES, _POSITION_BYTES = 400, 800, 300
 """Memory of an entry, at most (measured by tests/test_accounts.py)."""
 Run = tuple[str, int]
 """A reason, and the number of consecutive chunks that are missing for it."""
@@ -62,6 +62,18 @@ class Twin(NamedTuple):
         if space == self.space:
             return "the same model and layout; so cache_salt, the LoRA adapter or an image differs"
         return f"model {self.model or '?'} (space {self.space}); so the model, its revision, dtype or layout differs"
+
+
+class Account(NamedTuple):
+    """What became of one lookup. waited: seconds. tokens: of the prompt; found, missed: tokens by source and by reason."""
+
+    process: int
+    request: str
+    waited: float
+    tokens: int
+    found: dict[str, int]
+    missed: dict[str, int]
+    fetch: FetchRecord | None
 
 
 class Accounts:
@@ -94,7 +106,7 @@ class Accounts:
         """Tokens by source."""
         self.missed = Counter(dict.fromkeys(REASONS, 0))
         """Tokens by reason."""
-        self.records = Records(most_bytes // 2)
+        self.records = Records(most_bytes * 31 // 64)
         self.waiting: OrderedDict[tuple[int, object], tuple[float, int]] = OrderedDict()
         """(process, request, or the last hash if it has no id) -> since when the lookup waits, and what L1 had then."""
         self._seen = Seen(most_bytes * 7 // 16 // ENTRY_BYTES) if most_bytes else None
@@ -109,9 +121,13 @@ class Accounts:
         """The fetches that ended last, by the id of a request and by the last hash."""
         self._copies = OrderedDict[tuple[str, str], Copies]()
         """By engine and request: engines may give their requests the same ids."""
-        self._most_copies = most_bytes // 32 // _COPIES_BYTES
+        self._positions = OrderedDict[tuple[str, str], int]()
+        """Engine and request -> where the engine says that the prompt parts from the nearest one."""
+        self._most_copies, self._most_positions = most_bytes // 32 // _COPIES_BYTES, most_bytes // 64 // _POSITION_BYTES
         self._twin: Twin | None = None
         """The twin of the lookup that is being accounted for."""
+        self.on_account: list[Callable[[Account], None]] = []
+        """Told of each lookup that has been accounted for."""
         self._why = ""
         """Why the first chunk was missing, of the lookup that L1 is answering."""
         events.listen(["missed"], self._missed, named=False)
@@ -218,6 +234,8 @@ class Accounts:
             self.found[source] += count
         for reason, count in missed.items():
             self.missed[reason] += count
+        for told in self.on_account:
+            told(Account(event.process, event.request, now - since, tokens, found, missed, fetch))
         if self._seen is not None:
             reason, chunk = (runs[0][0], usable) if runs else (next(iter(missed)), asked) if missed else ("", -1)
             if reason == "differs":
@@ -298,6 +316,22 @@ class Accounts:
     def copies_of(self, requests: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Copies]:
         """Return the copies of these requests of engines, as far as they are still remembered."""
         return {name: dict(found) for name in requests if (found := self._copies.get(name))}
+
+    def differs(self, engine: str, request: str, token: int) -> None:
+        """Note that a prompt differs from the nearest one that its engine knows from this token on."""
+        if self._seen is None or not request or not 0 <= token < MOST_TOKENS:
+            return
+        self._positions[engine, request] = token
+        self._positions.move_to_end((engine, request))
+        if len(self._positions) > self._most_positions:
+            self._positions.popitem(last=False)
+
+    def position_of(self, record: Record) -> int:
+        """Return the token from which on the prompt of this record differs from the nearest known one; -1 if that is unknown, or
+        not the reason why its first missing chunk was not found."""
+        is_new = record.reason in ("differs", "never_seen")
+        token = self._positions.get((record.engine, record.request), -1) if is_new else -1
+        return token if 0 <= token < record.tokens and token // record.chunk_tokens == record.chunk else -1
 
     # Reasons
 

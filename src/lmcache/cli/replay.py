@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache.cli.verbs import Verbs, add
 from lmcache.errors import ConfigError
+from lmcache.observability.log import printable
 from lmcache.runtime import RUNTIME
 
 if TYPE_CHECKING:
     from lmcache.sizing.readers import Trace
-    from lmcache.sizing.replay import Simulation
+    from lmcache.sizing.replay import Capacity, Simulation
 
 _TEXT = """
 Replay recorded lookups through the cache's own index and eviction policy, and print which share of the prompts each
@@ -27,6 +28,7 @@ files are read one after the other.
 examples:
   lmcache replay trace.jsonl --l1-size-gb 20,40,80
   lmcache replay conversation.jsonl --capacity-blocks 1000,5000,10000 --json
+  lmcache replay today.jsonl --against yesterday.jsonl --l1-size-gb 20,40,80
   lmcache replay conversation.jsonl --l1-size-gb 100,200 --bytes-per-token 147456 --plot curve.png
 """
 _STEP_SECONDS = 1.0
@@ -55,14 +57,17 @@ def add_verb(verbs: Verbs) -> None:
         "--block-tokens", metavar="N", default="0",
         help="Tokens of a block, where the trace does not tell (Mooncake's, CSV). Default: 512.",
     )  # fmt: skip
+    parser.add_argument(
+        "--against", metavar="FILE|POLICY", default="",
+        help="Replay another trace, or the same one with another policy, with the same sizes, and print the differences.",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument("--plot", metavar="FILE", default="", help="Also draw the hit ratio by size (PNG, SVG or PDF).")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay, and print the table."""
-    from lmcache.sizing.readers import Trace
-    from lmcache.sizing.replay import Capacity, Simulation, policy_named, replay
+    from lmcache.sizing.replay import POLICIES, Capacity, is_policy, policy_named
 
     capacities = [Capacity(blocks=one) for one in _whole("--capacity-blocks", arguments.capacity_blocks)]
     per_token = _whole("--bytes-per-token", arguments.bytes_per_token, least=0)[0]
@@ -74,23 +79,68 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         _check_plot(arguments.plot)
     policies = list(dict.fromkeys(policy_named(one.strip()) for one in arguments.eviction_policy.split(",")))
-    trace = Trace([Path(one) for one in arguments.files], _whole("--block-tokens", arguments.block_tokens, least=0)[0])
-    simulations = [Simulation(policy, capacity) for policy in policies for capacity in capacities]
+    other_trace = arguments.against and not is_policy(arguments.against)
+    if arguments.against and not other_trace:
+        if len(policies) > 1:
+            raise ConfigError(f"--against {arguments.against}: compares with one policy: pass one --eviction-policy")
+        policies.append(policy_named(arguments.against))
+    if other_trace and not Path(arguments.against).is_file():
+        raise ConfigError(
+            f"--against {arguments.against}: is neither a file nor a policy: pass another trace, or one of {', '.join(POLICIES)}"
+        )
+    per_block = _whole("--block-tokens", arguments.block_tokens, least=0)[0]
     gc.freeze()  # nothing here makes cycles, and the collector would look through all records again and again
     gc.disable()
-    progress = _Progress(trace)
-    summary = replay(trace, simulations, progress.step)
-    if not summary.requests:
-        raise ConfigError(f"{arguments.files[0]}: no request in it: record for longer, or pass another file")
-    progress.end(summary.requests, len(simulations))
+    summary, simulations = _replayed(arguments.files, per_block, policies, capacities)
     results = [one.result() for one in simulations]
+    told: dict[str, Any] = {"trace": summary, "results": results}
+    if other_trace:
+        told["against_trace"], others = _replayed([arguments.against], per_block, policies, capacities)
+        told["against"] = [one.result() for one in others]
+    elif arguments.against:
+        told |= {"results": results[: len(capacities)], "against": results[len(capacities) :]}
     if arguments.plot:
         _plot(arguments.plot, simulations)
     if arguments.json:
-        print(json.dumps({"trace": summary.as_json(), "results": results}, indent=2))
-    else:
-        _print(summary.as_json(), results)
+        print(json.dumps(told, indent=2))
+        return 0
+    _print(told["trace"], told["results"])
+    if arguments.against:
+        _print_against(arguments.against, told)
     return 0
+
+
+def _replayed(
+    files: Sequence[str], per_block: int, policies: Sequence[str], capacities: Sequence[Capacity]
+) -> tuple[dict[str, Any], list[Simulation]]:
+    """Replay these files with each policy and size. Return what the trace tells, and the simulations."""
+    from lmcache.sizing.readers import Trace
+    from lmcache.sizing.replay import Simulation, replay
+
+    trace = Trace([Path(one) for one in files], per_block)
+    simulations = [Simulation(policy, capacity) for policy in policies for capacity in capacities]
+    progress = _Progress(trace)
+    summary = replay(trace, simulations, progress.step)
+    if not summary.requests:
+        raise ConfigError(f"{files[0]}: no request in it: record for longer, or pass another file")
+    progress.end(summary.requests, len(simulations))
+    return summary.as_json(), simulations
+
+
+def _print_against(name: str, told: dict[str, Any]) -> None:
+    """Print the other results, each with the difference to the first ones in percentage points."""
+    print(f"\nagainst {printable(name)}")
+    if "against_trace" in told:
+        _print(told["against_trace"], told["against"])
+        print()
+    for one, other in zip(told["results"], told["against"], strict=True):
+        more = 100 * (one["token_hit_ratio"] - other["token_hit_ratio"])
+        size = f"{one['capacity_blocks']:,} blocks" if "capacity_blocks" in one else f"{one['l1_size_gb']:g} GiB"
+        rivals = one["policy"] if one["policy"] == other["policy"] else f"{one['policy']} and {other['policy']}"
+        print(
+            f"{rivals}, {size}: {one['token_hit_ratio']:.2%} of the tokens found, and {other['token_hit_ratio']:.2%}: "
+            f"{more:+.2f} points"
+        )
 
 
 def _whole(flag: str, text: str, least: int = 1) -> list[int]:

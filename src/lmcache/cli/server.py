@@ -8,7 +8,7 @@ from lmcache.cli.verbs import Verbs, add
 from lmcache.config.earlier import add_earlier_flags, answers
 from lmcache.config.load import add_flags, load
 from lmcache.config.server import OPTIONS
-from lmcache.observability.log import init_logger, set_level
+from lmcache.observability.log import init_logger, set_format, set_level
 
 _TEXT = """
 Start the cache server of this host. It keeps the KV of text that engines have prefilled, in one memory file that
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load(flags)
     logger = init_logger(__name__)
     set_level(settings.config.log_level)
+    set_format(settings.config.log_format)
     for warning in (*settings.warnings, *earlier):
         logger.warning("%s", warning)
 

@@ -149,7 +149,11 @@ _SOURCES = {
 def _detail(row: Row) -> str:
     """Return the sentences about the first missing chunk that only this record can tell."""
     parts = []
-    if row["reason"] == "differs":
+    if row.get("differs_at", -1) >= 0:
+        parts.append(
+            f"It differs from the nearest prompt that the engine knows from token position {row['differs_at']:,} on."
+        )
+    elif row["reason"] == "differs":
         parts.append("Up to there a prompt that was stored before is the same; in these tokens it differs.")
     if row["twin"]:
         parts.append(f"The same tokens are stored for {row['twin']}.")

@@ -95,7 +95,7 @@ EARLIER_FLAGS: tuple[EarlierFlag, ...] = (
         "counting costs nothing that could be switched off; /metrics is at --http-port",
     ),
     *_no_effect("--disable-logging --enable-extra-logging --extra-logging-interval", "--log-level says how much is logged"),
-    *_no_effect("--enable-tracing --otlp-endpoint", "no traces are sent anywhere"),
+    *_no_effect("--enable-tracing", "--otlp-endpoint alone says whether spans are sent, and where"),
     *_no_effect("--metrics-sample-rate", "the metrics count everything"),
     *_no_effect(
         "--lookup-hash-log-dir --lookup-hash-log-rotation-interval --lookup-hash-log-rotation-max-size"

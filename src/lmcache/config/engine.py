@@ -28,7 +28,13 @@ ENV_PREFIX = "LMCACHE_"
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 PREFIX_OF_EXTRA = "lmcache."
 _OTHERS = (
-    *("CONFIG_FILE", "L1_SIZE_GB", "LOG_LEVEL", "AUTH_KEY_FILE", "INSECURE_NO_AUTH", "USE_UPSTREAM_MP"),
+    "CONFIG_FILE",
+    "L1_SIZE_GB",
+    "LOG_LEVEL",
+    "LOG_FORMAT",
+    "AUTH_KEY_FILE",
+    "INSECURE_NO_AUTH",
+    "USE_UPSTREAM_MP",
     "ALLOW_SERVER_UID",
 )
 """Variables with this prefix that other modules read."""

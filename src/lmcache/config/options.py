@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lmcache.config.hosts import in_url
+from lmcache.observability.log import redacted
 
+redacted_url = redacted
 ENV_PREFIX = "LMCACHE_SERVER_"
 GIB = 1 << 30
 _LONGEST_SOCKET_DIR = 80  # bytes: sun_path holds 108, and the socket's own name needs its share
@@ -172,6 +174,13 @@ def urls(text: str) -> tuple[str, ...]:
     return found
 
 
+def one_url(text: str) -> str:
+    """Parse the URL of an HTTP server, or nothing."""
+    if text and not re.fullmatch(r"https?://[^\s/?#]+[^\s]*", text):
+        raise ValueError("must be a URL such as http://localhost:4318")
+    return text
+
+
 def peers(text: str) -> tuple[str, ...]:
     """Parse the addresses of servers, separated by commas. A port that is missing is 5555."""
     found = []
@@ -215,12 +224,6 @@ def _nobody() -> set[int]:
 def lines(text: str) -> tuple[str, ...]:
     """Parse one value a line, skipping empty lines."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-def redacted_url(text: str) -> str:
-    """Return the text with all parts of URLs that may be passwords replaced by `***`."""
-    text = re.sub(r"(://[^:/?#@]*):[^/?#]*@", r"\1:***@", text)
-    return re.sub(r"([?&][^=&]*(?:key|secret|token|password)(?<!_file)=)[^&]+", r"\1***", text, flags=re.IGNORECASE)
 
 
 def numa(text: str) -> str:

@@ -22,6 +22,8 @@ from lmcache.errors import ConfigError
 
 POLICIES = ("LRU",)
 HUGE_PAGES = ("auto", "always", "never")
+METRICS_NAMES = ("own", "lmcache-0.5")
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 GROUPS = {
     "cache": "the cache",
@@ -152,6 +154,17 @@ class ServerConfig:
         default_text="none",
         help="A second TCP port that answers as --http-port does, for a Prometheus that is configured for the public project's.",
     )
+    metrics_names: str = _network(
+        *("NAMES", read.word(*METRICS_NAMES), "own"),
+        help="lmcache-0.5: /metrics also has the names that dashboards of the public project read "
+        "(docs/coming-from-lmcache-0.5.md). own: only this server's.",
+    )
+    otlp_endpoint: str = _network(
+        *("URL", read.one_url, ""),
+        default_text="none, nothing is sent",
+        help="Send a span for each request to this OpenTelemetry collector, by OTLP over HTTP: http://localhost:4318. "
+        "Needs pip install 'lmcache[otel]'.",
+    )
     socket_dir: Path = _network(
         *("DIR", read.socket_dir, read.default_socket_dir),
         default_text="$XDG_RUNTIME_DIR/lmcache or /tmp/lmcache-UID",
@@ -209,6 +222,11 @@ class ServerConfig:
         *("LEVEL", read.word(*LOG_LEVELS), "INFO"),
         extra_env="LMCACHE_LOG_LEVEL",
         help=f"How much to log: {', '.join(LOG_LEVELS)}.",
+    )
+    log_format: str = _machine(
+        *("FORMAT", read.word(*LOG_FORMATS), "text"),
+        extra_env="LMCACHE_LOG_FORMAT",
+        help="text, or json: one object a line. Times are UTC.",
     )
     records_mb: float = _machine(
         *("MB", read.number(0, 1e5), 64.0),
@@ -288,6 +306,8 @@ def shown(option: Option, value: object) -> object:
         return "auto"
     if option.name == "l2_queue_gb" and not value:
         return "half of L1"
+    if option.name == "otlp_endpoint":
+        return read.redacted_url(str(value))
     if isinstance(value, tuple):
         return [read.redacted_url(one) if isinstance(one, str) else one for one in value]
     return str(value) if isinstance(value, Path) else value

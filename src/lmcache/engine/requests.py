@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from lmcache.chunks import HASH_BYTES, TokenChain
 from lmcache.chunks.hashing import Extras
+from lmcache.engine.nearest import Nearest
 from lmcache.engine.plans import LoadPlan, StorePlan
 from lmcache.engine.prefill import PrefillRate
 from lmcache.engine.scheduler import Hit, Loading, SchedulerSession
@@ -52,7 +53,9 @@ class Request:
     number of ranks that have not ended it.
 
     tail_leaves: how many of the prompt's last tokens its tail leaves out, None for no tail, in an engine that does not store the
-    tail of every prompt. stores_tail: whether this engine stores it; else another one does."""
+    tail of every prompt. stores_tail: whether this engine stores it; else another one does.
+
+    trace: the W3C traceparent that the request has come with, for the server's spans."""
 
     id: Hashable
     salt: str = ""
@@ -75,6 +78,7 @@ class Request:
     jobs: dict[str, int] = field(default_factory=dict)
     tail_leaves: int | None = None
     stores_tail: bool = False
+    trace: str = ""
 
     def all_tables(self, groups: int) -> list[list[int]]:
         """Return the block table of each group; empty ones if only the ranks know them."""
@@ -155,6 +159,7 @@ class Requests(Generic[RequestT]):
         self.storing: dict[str, RequestT] = {}
         """Requests with a store that at least one rank has not ended yet, by job."""
         self._jobs = 0
+        self._nearest = Nearest()
 
     # Lookups
 
@@ -208,6 +213,7 @@ class Requests(Generic[RequestT]):
                 "again": same,
                 "stores_tail": stores_tail,
                 "tokens": len(tokens),
+                "trace": request.trace,
             }
             if not self._loads:
                 ask = partial(session.poll, loads=False)
@@ -219,6 +225,11 @@ class Requests(Generic[RequestT]):
             request.wait = Wait(began, found, now + min(MISS_SECONDS, WAIT_SHARE * (now - began)))
             request.promised, request.asked_tokens = 0, len(tokens)
             return found
+        if chain is not None and not same and self._loads:
+            missing = found.chunks if found is not None else have // chain.chunk_tokens
+            position = self._nearest.missed(chain, tokens, missing) if missing < len(chain) else -1
+            if position >= 0:
+                session.differs(position, str(request.id))
         request.wait = None
         request.promised = len(chain) + stores_tail if chain is not None and self._stores else 0
         if found is not None and chain is not None:

@@ -92,6 +92,8 @@ class SchedulerSession(Session):
         self._others: list[int] = []
         """The spaces of the further groups."""
         self._reaches: list[int] = []
+        self._takes_positions = False
+        """Whether the server wants to know where prompts part."""
         """How many chunks before the end of a hit each group needs; 0 for all of them."""
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
@@ -144,6 +146,7 @@ class SchedulerSession(Session):
         again: bool = False,
         stores_tail: bool = True,
         tokens: int = 0,
+        trace: str = "",
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -153,7 +156,7 @@ class SchedulerSession(Session):
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             asked = chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine
-            found = self.poll(*asked, halts=True, again=again, stores_tail=stores_tail, tokens=tokens)
+            found = self.poll(*asked, halts=True, again=again, stores_tail=stores_tail, tokens=tokens, trace=trace)
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
@@ -182,6 +185,7 @@ class SchedulerSession(Session):
         stores_tail: bool = True,
         loads: bool = True,
         tokens: int = 0,
+        trace: str = "",
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
@@ -193,7 +197,7 @@ class SchedulerSession(Session):
         the chunks that it does not find. halts: whether it computes nothing while the answer is `Loading`. again: whether the
         server has counted an earlier answer to the same request. stores_tail: whether the engine stores the tail, too. loads: if
         false, only announce what the engine will store, and return None.
-        tokens: of the complete prompt, for the server's accounts.
+        tokens: of the complete prompt, for the server's accounts. trace: the request's W3C traceparent, "" if it has none.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -211,7 +215,7 @@ class SchedulerSession(Session):
             request = m.Lookup(
                 *(self._space, hashes, first if loads else len(hashes) // HASH_BYTES, prefill_rate, name, self._others),
                 *(any_split, m.request_name(engine), halts, again, loads),
-                *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, chain.text),
+                *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, chain.text, trace),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
@@ -284,6 +288,11 @@ class SchedulerSession(Session):
         if self._connection.connected:
             self._connection.post(m.Release([], [m.request_name(request_id)]))
 
+    def differs(self, token: int, request_id: str) -> None:
+        """Tell the server from which token on a prompt that was looked up differs from the nearest known one, for its records."""
+        if self._takes_positions and self._connection.connected:
+            self._connection.post(m.Differs(m.request_name(request_id), token))
+
     def too_short(self, tokens: int, request_id: str) -> None:
         """Report a prompt that does not fill a chunk, so that the server can account for it. Nothing is looked up."""
         if self._chunk_tokens and self._connection.connected:
@@ -348,6 +357,7 @@ class SchedulerSession(Session):
                 request = structs.replace(request, follows=True)
             registered = ask(carrier, request, m.Registered)
             self._followed |= registered.followed
+            self._takes_positions = registered.positions
             spaces.append(registered.space)
         if welcome.holds_for != self._epoch:
             self._late, self._held = [], set()

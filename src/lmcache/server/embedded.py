@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from lmcache.config.load import add_flags, load
 from lmcache.config.server import OPTIONS
 from lmcache.errors import ConfigError
-from lmcache.observability.log import init_logger, set_level
+from lmcache.observability.log import init_logger, set_format, set_level
 from lmcache.server.main import Owner, serve
 from lmcache.server.preflight import check_machine
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = load(flags).config
         set_level(config.log_level)
+        set_format(config.log_format)
         config = check_machine(config, port=False, http=http)
         return serve(config, Owner(listener, arguments.lifeline, http))
     except ConfigError as error:

@@ -18,7 +18,7 @@ from lmcache.cache import L1
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.memory.arena import Arena, reclaim_stale
-from lmcache.observability.log import init_logger, set_level
+from lmcache.observability.log import init_logger, set_format, set_level
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.server.attaching import Attaching
 from lmcache.server.loop import Loop
@@ -67,6 +67,7 @@ def serve(
         ConfigError: a port, memory or a folder is not available. Everything created before is removed.
     """
     set_level(config.log_level)
+    set_format(config.log_format)
     _allow_many_descriptors()
     reclaim_stale(config.arena_dir, runtime)
     fault: BaseException | None = None
@@ -217,12 +218,25 @@ def start(
 
 
 def _observe(config: ServerConfig, service: Service, tiers: bool, started: ExitStack) -> None:
-    """Begin what listens to lookups for `lmcache predict` and `lmcache replay`."""
+    """Begin what listens to lookups for `lmcache predict`, `lmcache replay` the dashboards of the public project, and spans."""
     if config.predict == "on":
         from lmcache.server.predicting import Predicting
 
         service.predicting = Predicting(service.loop, service.l1, config.chunk_size, tiers)
         started.callback(service.predicting.close)
+    if config.metrics_names == "lmcache-0.5":
+        from lmcache.server.earlier_names import EarlierNames
+
+        service.earlier_names = EarlierNames(service)
+    if config.otlp_endpoint:
+        from lmcache.server.tracing import Tracing
+
+        sessions = service.sessions
+        tracing = Tracing(service.loop.runtime, config.otlp_endpoint, sessions.server_id.hex(), sessions.describe)
+        service.tracing = tracing
+        service.accounts.on_account.append(tracing.accounted)
+        service.on_copied.append(tracing.copied)
+        started.callback(tracing.exporter.close)
     if config.record_trace is None:
         return
     from lmcache.server.recording import Recording  # imported late, since most servers record nothing

@@ -9,6 +9,8 @@ from prometheus_client import ProcessCollector
 from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
 
+from lmcache.server.earlier_names import HELP_0_5
+
 HELP: dict[str, str] = {
     "hit_chunks_total": "Chunks that lookups found complete; a request that waits counts once, by the answer that ends its wait.",
     "missed_chunks_total": "Chunks that lookups asked for and did not find; a request that waits counts once.",
@@ -62,6 +64,15 @@ HELP: dict[str, str] = {
     "index_bytes": "Memory of the index of chunks.",
     "trace_recorded_events_total": "Lookups and stores that have been written to the trace (--record-trace).",
     "trace_lost_events_total": "Lookups and stores that are missing from the trace, since the disk was full or too slow.",
+    "chunk_first_hit_age_seconds": "Age of chunks when they were used for the first time, of a sample of 1 %.",
+    "chunk_reuse_gap_seconds": "Time between two uses of a chunk, of the sample.",
+    "chunk_eviction_age_seconds": "Age of chunks when they were evicted, of the sample.",
+    "chunk_idle_before_eviction_seconds": "Time from a chunk's last use, or its store, to its eviction, of the sample.",
+    "chunk_reuses": "How often a chunk had been used when it was evicted, of the sample.",
+    "chunks_followed": "Chunks of the sample that are in L1 now.",
+    "spans_sent_total": "Spans that the OpenTelemetry collector has taken (--otlp-endpoint).",
+    "spans_dropped_total": "Spans that were dropped, since the collector did not take them or was too slow.",
+    "span_notes_lost_total": "Events of requests that are missing from the spans, since too many waited.",
     "predicted_token_hit_ratio": "Share of the looked-up tokens that an L1 of so many times the size would find, estimated.",
     "predicted_token_hit_ratio_low": "Lower end of the interval that contains it 19 times of 20.",
     "predicted_token_hit_ratio_high": "Upper end of the interval that contains it 19 times of 20.",
@@ -102,8 +113,17 @@ HELP: dict[str, str] = {
 }
 """Name without prefix -> what it counts, and its unit."""
 
-_NAME = re.compile(r"([a-z][a-z0-9_]*)(?:\{(.*)\})?", re.DOTALL)
+_NAME = re.compile(r"(:?[a-z][a-zA-Z0-9_]*)(?:\{(.*)\})?", re.DOTALL)
 _LABEL = re.compile(r'([a-z][a-z0-9_]*)="(.*?)"(?:,(?=[a-z][a-z0-9_]*=")|\Z)', re.DOTALL)  # a value may hold quotes
+_PART = re.compile(r"_(?:bucket|sum|count)\Z")
+
+
+def _is_total(name: str) -> bool:
+    return name.endswith("_total")
+
+
+def _words_of(name: str) -> str:
+    return name.removesuffix("_total").replace("_", " ").capitalize()
 
 
 def render(counters: Mapping[str, float], accept: str) -> tuple[bytes, str]:
@@ -124,22 +144,26 @@ class _Snapshot:
 
 
 def families(counters: Mapping[str, float]) -> Iterable[Metric]:
-    """Return one metric for each name; `missed_chunks_total{reason="evicted"}` becomes a sample of `missed_chunks_total`.
+    """Return one metric for each name; `missed_chunks_total{reason="evicted"}` becomes a sample of `missed_chunks_total`, and the
+    counters of a `Histogram` become a histogram.
 
     Raises:
         ValueError: a name is not valid in Prometheus.
     """
     found: dict[str, Metric] = {}
+    histograms = {name.partition("_bucket{")[0] for name in counters if "_bucket{" in name}
     for full_name, value in counters.items():
         match = _NAME.fullmatch(full_name)
         if match is None or (match[2] is not None and _LABEL.sub("", match[2])) or match[2] == "":
             raise ValueError(f'counter {full_name!r}: use a_name or a_name{{label="value"}}')
         name, labels = match[1], dict(_LABEL.findall(match[2] or ""))
-        if name not in found:
-            kind = "counter" if name.endswith("_total") else "gauge"
-            help_text = HELP.get(name, name.removesuffix("_total").replace("_", " ").capitalize())
-            found[name] = Metric(f"lmcache_{name.removesuffix('_total')}", help_text, kind)
-        found[name].add_sample(f"lmcache_{name}", labels, value)
+        of = _PART.sub("", name)
+        family, kind = (of, "histogram") if of in histograms else (name, "counter" if _is_total(name) else "gauge")
+        prefix = "lmcache" if name.startswith(":") else "lmcache_"
+        if family not in found:
+            help_text = HELP.get(family) or HELP_0_5.get(family) or _words_of(family)
+            found[family] = Metric(f"{prefix}{family.removesuffix('_total')}", help_text, kind)
+        found[family].add_sample(f"{prefix}{name}", labels, value)
     return found.values()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmcache.config.server import OPTIONS, ServerConfig
 from lmcache.errors import ConfigError
-from lmcache.observability.log import init_logger, set_level
+from lmcache.observability.log import init_logger, set_format, set_level
 
 if TYPE_CHECKING:
     from lmcache.server.attaching import Attaching
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 _TIERS = ("peers", "l2", "l2_adapter")
-_CHANGEABLE = ("log_level", "api_token", "api_token_file", *_TIERS)
+_CHANGEABLE = ("log_level", "log_format", "api_token", "api_token_file", *_TIERS)
 
 
 class Reloading:
@@ -54,6 +54,7 @@ class Reloading:
         changed = [option for option in OPTIONS if getattr(new, option.name) != getattr(self._given, option.name)]
         later = [option.key for option in changed if option.name not in _CHANGEABLE]
         set_level(new.log_level)
+        set_format(new.log_format)
         if self._http is not None:
             self._http.use_token(new.api_token)
         if any(option.name in _TIERS for option in changed):

@@ -168,8 +168,16 @@ class Report:
         found, rest = select(
             blocks, request=request, misses=misses, since=since, before=before, limit=limit, pause=pause
         )
-        copies = self._loop.ask(lambda: accounts.copies_of((one.engine, one.request) for one in found))
-        described = [one.described() | {"copies": copies.get((one.engine, one.request), {})} for one in found]
+        copies, positions = self._loop.ask(
+            lambda: (
+                accounts.copies_of((one.engine, one.request) for one in found),
+                [accounts.position_of(one) for one in found],
+            )
+        )
+        described = [
+            one.described() | {"copies": copies.get((one.engine, one.request), {}), "differs_at": position}
+            for one, position in zip(found, positions, strict=True)
+        ]
         return {"requests": described, "next": rest, "totals": totals}
 
     def status(self) -> dict[str, object]:
@@ -287,6 +295,12 @@ class Report:
             out |= service.predicting.counters()
         if service.tiering is not None:
             out |= service.tiering.report.counters()
+        if service.lifetimes is not None:
+            out |= service.lifetimes.counters()
+        if service.tracing is not None:
+            out |= service.tracing.counters()
+        if service.earlier_names is not None:
+            out |= service.earlier_names.counters()
         out["loop_errors_total"] = self._loop.errors
         out |= {
             "chunks": l1.chunks,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
 from lmcache.cache.accounts import Accounts
 from lmcache.cache.heart import MAX_SHARDS
+from lmcache.cache.lifetimes import Lifetimes
 from lmcache.cache.promises import Asker
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
@@ -28,10 +29,12 @@ from lmcache.server.sessions import Peer, Sessions
 from lmcache.wire import messages as m
 
 if TYPE_CHECKING:
+    from lmcache.server.earlier_names import EarlierNames
     from lmcache.server.predicting import Predicting
     from lmcache.server.recording import Recording
     from lmcache.server.tier_runner import TierRunner
     from lmcache.server.tiering import Tiering
+    from lmcache.server.tracing import Tracing
 
 logger = init_logger(__name__)
 MAX_DROP_REASONS = 32
@@ -58,12 +61,17 @@ class Service:
         self.counters: Counter[str] = Counter()
         self.recording: Recording | None = None
         self.predicting: Predicting | None = None
+        self.earlier_names: EarlierNames | None = None
+        self.tracing: Tracing | None = None
+        self.on_copied: list[Callable[[Peer, m.Copied], None]] = []
+        """Called for each copy that a rank reports, in the loop's thread. They must not raise."""
         self._now, self.started = loop.now, loop.now()
         tiers = tiering.names if tiering is not None else {}
         self.accounts = Accounts(
             *(l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers),
             *(self.sessions.describe, l1.indexed),
         )
+        self.lifetimes = Lifetimes(l1.events, loop.now) if records_bytes else None
         self.sessions.on_gone.append(self.accounts.forget)
         self._untold: tuple[Peer, m.Lookup, str, bytes, int] | None = None
         """The lookup that is being answered; listeners hear of it when the answer has been sent."""
@@ -84,6 +92,7 @@ class Service:
             m.Copied: self._copied,
             m.Clear: lambda peer, request: m.Ok(self.clear()),
             m.Dropped: self._dropped,
+            m.Differs: self._differs,
             m.Bye: self._bye,
             m.TakeNews: lambda peer, request: self.followers.take(peer.process),
         }
@@ -200,12 +209,14 @@ class Service:
             logger.info("Registered KV cache for GPU ID %d with %d layers (%s)", peer.pid, layout.num_layers, peer.who)
         if request.follows:
             self.followers.follow(peer.process, space)
-        return m.Registered(space, request.follows)
+        return m.Registered(space, request.follows, True)
 
     def _lookup(self, peer: Peer, request: m.Lookup) -> m.Message:
         hashes = request.hashes
         if len(hashes) % 16:
             raise Refusal(f"{len(hashes)} bytes of hashes: the length must be a multiple of 16")
+        if self.tracing is not None:
+            self.tracing.asked(peer, request)
         first, spaces = max(0, request.first_wanted), [request.space, *request.others]
         if len(hashes) // 16 * len(spaces) > _FEW_CHUNKS or peer.held_bytes:
             hashes = self._answerable(peer, request, spaces, first)
@@ -297,6 +308,8 @@ class Service:
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
             self.accounts.forget(peer.process, name)
+            if self.tracing is not None:
+                self.tracing.ended(peer, name)
             if self.tiering is not None:
                 self.tiering.fetches.withdraw(self._now(), peer.process, name)
         return m.Ok(len(request.leases))
@@ -332,20 +345,25 @@ class Service:
 
     def _copied(self, peer: Peer, request: m.Copied) -> m.Message:
         name = m.request_name(request.request)
+        if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
+            raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
+        for listener in self.on_copied:
+            listener(peer, request)
         if not request.ok:
             self.accounts.copied(peer.instance, name, f"failed_{request.kind}", request.tokens, 0.0, request.shard)
             self.counters[f"failed_{request.kind}s"] += 1
             logger.warning(
-                "An engine could not %s %d tokens: see the log of %s", request.kind, request.tokens, peer.who
+                "An engine could not %s %d tokens: see the log of %s",
+                *(request.kind, request.tokens, peer.who),
+                extra={"request": name},
             )
             return m.Ok()
-        if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
-            raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
         self.accounts.copied(peer.instance, name, request.kind, request.tokens, request.seconds, request.shard)
         past = "retrieved" if request.kind == "load" else "stored"
         self.counters[f"{past}_tokens"] += request.tokens
         self.counters[f"{past}_microseconds"] += int(request.seconds * 1e6)
-        logger.info("%s %d tokens in %.3f seconds", past.capitalize(), request.tokens, request.seconds)
+        told = past.capitalize(), request.tokens, request.seconds
+        logger.info("%s %d tokens in %.3f seconds", *told, extra={"request": name})
         return m.Ok()
 
     def _dropped(self, peer: Peer, request: m.Dropped) -> m.Message:
@@ -354,6 +372,10 @@ class Service:
             reason = "other"
         self._drop_reasons.add(reason)
         self.counters[f"engine_dropped:{reason}"] += max(0, request.chunks)
+        return m.Ok()
+
+    def _differs(self, peer: Peer, request: m.Differs) -> m.Message:
+        self.accounts.differs(peer.instance, m.request_name(request.request), request.token)
         return m.Ok()
 
     def _bye(self, peer: Peer, request: m.Request) -> m.Message:

@@ -231,11 +231,13 @@ def _losses(new: Counter[str]) -> list[str]:
 def log_decision(record: FetchRecord) -> None:
     """Log the decision between loading and computing, with the two times."""
     if logger.isEnabledFor(logging.DEBUG):
+        requests = " ".join(record.requests)
         logger.debug(
             "Prompt %s (%s): loading is expected to take %.3f s, computing %.3f s: %s",
             record.prompt[-4:].hex(),
-            " ".join(record.requests) or "no request id",
+            requests or "no request id",
             record.expected_seconds or 0.0,
             record.recompute_seconds or 0.0,
             "loading" if record.decision == "load" else record.decision,
+            extra={"request": requests},
         )

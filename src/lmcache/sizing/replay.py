@@ -40,6 +40,11 @@ def policy_named(name: str) -> str:
     return known[name.lower()]
 
 
+def is_policy(name: str) -> bool:
+    """Return whether there is a policy of this name."""
+    return name.lower() in ("default", *map(str.lower, POLICIES))
+
+
 class Capacity(NamedTuple):
     """The memory of a simulation: `blocks` blocks, or `gib` GiB in which a token takes `bytes_per_token`; 0 for what the trace
     says."""

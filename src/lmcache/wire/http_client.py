@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 import urllib.parse
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from lmcache.config.hosts import connect, seconds_left
@@ -46,6 +47,28 @@ def ask(
 def status_of(url: str, path: str) -> int:
     """Call any HTTP server, such as an engine's, and return the status of its answer. Raises what `ask` does."""
     return _call(url, path, "GET", "", None)[0]
+
+
+def send(url: str, body: bytes, headers: Mapping[str, str], seconds: float) -> int:
+    """Post the body to any HTTP server and return the status of its answer, of which little is read. No proxy is used and no
+    redirect followed.
+
+    Raises:
+        ConfigError: not a URL of a server.
+        ServerUnavailable: nobody listens there, or the answer has not come within so many seconds.
+    """
+    parts = _parts(url)
+    connection = _Connection(parts, time.monotonic() + seconds)
+    try:
+        connection.request("POST", parts.path + (f"?{parts.query}" if parts.query else ""), body, dict(headers))
+        with connection.getresponse() as response:
+            response.read(1 << 16)
+            return response.status
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        why = f"no answer within {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
+        raise ServerUnavailable(f"{why or type(error).__name__}") from None
+    finally:
+        connection.close()
 
 
 def _call(

@@ -136,6 +136,8 @@ class Lookup(Message, frozen=True, tag=4):
     prompt is shorter than a chunk, and the message only reports it."""
     text: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
     """A hash of the first chunk's tokens alone, so that the server can tell a new prompt from one of another model or salt."""
+    trace: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    """The W3C `traceparent` of the request where the engine has one, for spans."""
 
 
 class Release(Message, frozen=True, tag=5):
@@ -245,6 +247,14 @@ class TakeNews(Message, frozen=True, tag=18):
     """Ask what has happened to the chunks of the space that this process follows, since it was asked last. Answered by `News`."""
 
 
+class Differs(Message, frozen=True, tag=21):
+    """Report that the prompt of a request that was looked up differs from the nearest one that the engine knows from this token
+    on, counted from 0. For the record of the request; only for servers whose `Registered` takes positions."""
+
+    request: str
+    token: int
+
+
 class Has(Message, frozen=True, tag=20):
     """From a peer: ask which of these chunks are complete in L1, in the space of this fingerprint and number of shards. Answered
     by `Having`."""
@@ -309,6 +319,8 @@ class Registered(Message, frozen=True, tag=67):
     space: int
     followed: bool = False
     """Whether the server notes from now on what happens to chunks of the space, for `TakeNews`. Nothing is told of earlier."""
+    positions: bool = False
+    """Whether the server takes `Differs`."""
 
 
 class Foreign(msgspec.Struct, frozen=True, array_like=True):
@@ -406,6 +418,7 @@ Request = (
     | Challenge
     | Declined
     | TakeNews
+    | Differs
     | Has
     | Pull
 )

@@ -363,7 +363,7 @@ class SchedulerSide:
         if tracker is not None and tracker.request is request and not _was_preempted(tracker):
             return tracker
         fresh = Tracker(request.request_id, request.cache_salt or "", extras=_extras(request), request=request)
-        fresh.preemptions = request.num_preemptions
+        fresh.preemptions, fresh.trace = request.num_preemptions, _trace_of(request)
         lora = getattr(request, "lora_request", None)
         adapter = self.adapters.identity(lora) if lora is not None else ("", "")
         limit = self._config.priority_limit
@@ -473,7 +473,14 @@ class SchedulerSide:
         if self._logs and tracker.logged != (found, gain):
             tracker.logged = found, gain
             text = "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d"
-            logger.info(text, tracker.id, tracker.request.num_tokens, found, gain)
+            told = tracker.id, tracker.request.num_tokens, found, gain
+            logger.info(text, *told, extra={"request": tracker.id})
+
+
+def _trace_of(request: Any) -> str:
+    """Return the request's W3C traceparent. vLLM has it only if it sends traces itself (--otlp-traces-endpoint)."""
+    headers = getattr(request, "trace_headers", None) or {}
+    return str(headers.get("traceparent", ""))[:128]
 
 
 def _was_preempted(tracker: Tracker) -> bool:

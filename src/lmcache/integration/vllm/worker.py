@@ -165,7 +165,8 @@ class WorkerSide:
             else:
                 if self._logs and self._copies.stores:
                     text = "Storing KV cache for %d out of %d tokens (skip_leading_tokens=%d) for request %s"
-                    logger.info(text, store.tokens, store.end, store.start, store.request_id)
+                    told = store.tokens, store.end, store.start, store.request_id
+                    logger.info(text, *told, extra={"request": store.request_id})
                 part = self._part(store)
                 table, *tables = self._tables(part)
                 self._copies.store(part, table, now, tables)
