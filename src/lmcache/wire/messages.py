@@ -136,6 +136,9 @@ class Lookup(Message, frozen=True, tag=4):
     prompt is shorter than a chunk, and the message only reports it."""
     text: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
     """A hash of the first chunk's tokens alone, so that the server can tell a new prompt from one of another model or salt."""
+    segment: bool = False
+    """Whether the chunks are those of a segment of a prompt. The prompt's own lookup accounts for its tokens, so this one counts
+    as neither a hit nor a miss."""
 
 
 class Release(Message, frozen=True, tag=5):
