@@ -454,10 +454,10 @@ def do_blend_kinds(state: State, address: str) -> dict[str, Any]:
     for name, config in configs.items():
         torch.manual_seed(0)
         state.model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
-        state.plain = state.model.generate
+        state.plain, errors = state.model.generate, _turn_errors(state.model)
         refusals = do_attach_blending(state, address=address, blending={"min_tokens": 32, "links": 0, "choose": "none"})
         do_blend(state, [1, 2])
-        answers[name] = refusals | do_blend(state, [3, 2, 1]) | {"errors": _turn_errors(state.model)}
+        answers[name] = refusals | do_blend(state, [3, 2, 1]) | {"errors": errors}
         do_close(state)
     state.model, state.plain = kept
     return answers

@@ -295,6 +295,12 @@ class SchedulerSession(Session):
         if self._connection.connected:
             self._connection.post(m.Release([], [m.request_name(request_id)]))
 
+    def blended(self, request_id: str, segments: int, tokens: int, again: int) -> None:
+        """Report that KV of so many segments was used for a prompt, with so many tokens, of which some were computed again."""
+        if self._connection.connected:
+            name = m.request_name(request_id)
+            self._connection.post(m.Release([], [name], (self._space, segments, tokens, again)))
+
     def too_short(self, tokens: int, request_id: str) -> None:
         """Report a prompt that does not fill a chunk, so that the server can account for it. Nothing is looked up."""
         if self._chunk_tokens and self._connection.connected:

@@ -284,6 +284,10 @@ class Service:
     def _release(self, peer: Peer, request: m.Release) -> m.Message:
         for lease in request.leases:
             self.l1.release(peer.process, lease)
+        if request.blended is not None:
+            self.accounts.blended(
+                peer.process, m.request_name(request.requests[0] if request.requests else ""), *request.blended
+            )
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
             self.accounts.forget(peer.process, name)

@@ -147,6 +147,9 @@ class Release(Message, frozen=True, tag=5):
 
     leases: Leases
     requests: Annotated[list[str], msgspec.Meta(max_length=65536)] = []
+    blended: tuple[int, int, int, int] | None = None
+    """What was done with segments of the first of the requests: the space, the segments whose KV was used, their tokens, and how
+    many of these were computed again."""
 
 
 class Reserve(Message, frozen=True, tag=6):

@@ -27,7 +27,7 @@ from lmcache.engine.prefill import PrefillRate
 from lmcache.engine.served import NOT_SERVED
 from lmcache.engine.tensors import weights_identity, weights_stamp
 from lmcache.errors import LayoutError
-from lmcache.integration.transformers.blend import Blender
+from lmcache.integration.transformers.blend import Blender, given_blending
 from lmcache.integration.transformers.model import kv_shape, refuse_unsupported, served_kv
 from lmcache.integration.transformers.pool import PLACES, Pool, pooled_layers
 from lmcache.integration.transformers.segments import Segments
@@ -60,7 +60,9 @@ def attach(
     model_id: str = "",
     cache_salt: str = "",
     deadline_seconds: float = 2.0,
+    enable_blending: bool | None = None,
     blending: Blending | None = None,
+    tokenizer: Any = None,
 ) -> Attached:
     """Let `model.generate` use the LMCache server at `address`, until `close` is called on the result.
 
@@ -71,18 +73,22 @@ def attach(
             after each change.
         cache_salt: only processes with the same salt share KV.
         deadline_seconds: how long one call of `generate` may wait for a server that does not answer.
-        blending: if given, texts between separators are found wherever they stand in a prompt, and what is computed from them is
-            not exactly what a model computes without LMCache (docs/blending.md).
+        enable_blending: find texts between separators wherever they stand in a prompt. What is computed from them is not exactly
+            what a model computes without LMCache (docs/blending.md). None: as LMCACHE_ENABLE_BLENDING says, by default not.
+        blending: how, in place of LMCACHE_BLEND_* and the defaults; this alone switches blending on, too.
+        tokenizer: the model's, for the separator; by default the one that is found under the model's name.
 
     Raises:
         ValueError: the address is not tcp://host:port, or the deadline is out of range.
-        ConfigError: the process's own server cannot be started.
+        ConfigError: the process's own server cannot be started, or a setting of blending is wrong.
     """
     instance = f"transformers-{uuid.uuid4().hex}"
+    if blending is None and enable_blending is not False:
+        blending = given_blending(model, enable_blending, tokenizer)
     where = embedded_address(instance) if embedded_gb else given_address(address)
     endpoint = Endpoint(where, instance, "scheduler", deadline_seconds=deadline_seconds)
     own = EmbeddedServer(instance, l1_size_gb=embedded_gb) if embedded_gb else None
-    return Attached(model, endpoint, model_id, cache_salt, own, blending)
+    return Attached(model, endpoint, model_id, cache_salt, own, None if enable_blending is False else blending)
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,7 @@ class Attached:
         self.blended_requests += 1
         self.blended_tokens += blend.tokens
         self.recomputed_tokens += again
+        rank.scheduler.blended("", len(blend.blended), blend.tokens, again)
         cache = pool.cache(blend.end, self._step)
         return replace(begun, cache=cache, segments=segments, exact=blend.exact)
 

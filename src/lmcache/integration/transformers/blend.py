@@ -19,17 +19,48 @@ from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lmcache.chunks.segments import Segment
+from lmcache.config.engine import load_blending
 from lmcache.engine.blending import Blend, Blending, Tokens
-from lmcache.errors import LayoutError
+from lmcache.engine.served import NOT_SERVED
+from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.transformers.pool import Pool, Shape
 from lmcache.integration.transformers.rope import turns_of
+from transformers import AutoTokenizer
 
+SEPARATOR = " # # "
 _QUESTION_TOKENS = 256
 """So many last tokens of the question say which tokens matter to it."""
 _MASK_ELEMENTS, _MOST_AT_ONCE = 1 << 26, 1024
 """Bounds of a forward: tokens, and its mask. A forward over more tokens is made in several."""
 _SCORE_ELEMENTS = 1 << 25
 _ATTENTIONS = "sdpa", "eager"
+
+
+def given_blending(model: Any, enabled: bool | None, tokenizer: Any) -> Blending | None:
+    """Return how to blend, by LMCACHE_BLEND_*; None for not at all. enabled: None: as LMCACHE_ENABLE_BLENDING says. tokenizer:
+    of the model; None: it is looked for.
+
+    Raises:
+        ConfigError: a setting is wrong, or the separator has no tokens.
+    """
+    given = load_blending()
+    if not (given.get("enable_blending", False) if enabled is None else enabled):
+        return None
+    text = given.get("blend_special_str", SEPARATOR)
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
+        separator = tuple(tokenizer.encode(text, add_special_tokens=False))
+    except (*NOT_SERVED, ValueError) as error:
+        raise ConfigError(
+            f"blending: the tokens of blend_special_str {text!r} are not known ({error}): pass attach(tokenizer=...), or "
+            "blending=Blending(separator=(...)) with their ids"
+        ) from None
+    if not separator:
+        raise ConfigError(f"blending: blend_special_str {text!r} has no tokens")
+    settings = {"min_tokens": given.get("blend_min_tokens"), "recompute_ratio": given.get("blend_recompute_ratios")}
+    if (layer := given.get("blend_check_layers")) is not None:
+        settings |= {"check_layer": layer, "choose": "deviation"}
+    return Blending(separator, **{name: value for name, value in settings.items() if value is not None})
 
 
 class Blender:
