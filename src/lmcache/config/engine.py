@@ -178,7 +178,9 @@ _HANDED_OVER = (
     "vLLM's kv_role says what each of them does"
 )
 _ENABLE_PD = f"for disaggregated prefill {_ONE_DAEMON}, kv_role kv_producer in place of sender, kv_consumer of receiver"
-_ONLY_TRANSFORMERS = "no effect: blending is not there yet under this engine, which reuses prefixes; only `attach` for Transformers reads it"
+_ONLY_TRANSFORMERS = (
+    "no effect: blending is not there yet under this engine, which goes on reusing prefixes (Transformers has it)"
+)
 _BLENDING: tuple[tuple[str, Callable[[str], Any], Any], ...] = (
     ("enable_blending", read.switch, False),
     ("blend_special_str", str, " # # "),

@@ -243,19 +243,20 @@ class Attached:
         rank, pool, blend = self._rank, self._pool, None
         assert rank is not None and pool is not None
         try:
-            segments = Segments(blender, rank, pool, tokens, boundaries, self._salt)
+            segments = Segments(blender, rank, pool, ids, tokens, boundaries, self._salt)
             blend = segments.load(begun.loaded, self._endpoint.deadline_seconds)
             if blend is None:
                 return replace(begun, segments=segments)
-            again = segments.compute(ids, blend)
+            again = segments.compute(blend)
         except (*NOT_SERVED, RuntimeError) as error:  # also of PyTorch, such as too little memory
             self._blender, self.blending_refusal = None, str(error) or type(error).__name__
             logger.warning("Nothing is blended any more: %s", self.blending_refusal)
             return begun
         self.blended_requests += 1
-        self.blended_tokens += blend.tokens
+        loaded = sum(one.tokens for one in segments.loaded)
+        self.blended_tokens += loaded
         self.recomputed_tokens += again
-        rank.scheduler.blended("", len(blend.blended), blend.tokens, again)
+        rank.scheduler.blended("", len(segments.loaded), loaded, again)
         cache = pool.cache(blend.end, self._step)
         return replace(begun, cache=cache, segments=segments, exact=blend.exact)
 

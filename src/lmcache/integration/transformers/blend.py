@@ -33,6 +33,8 @@ _QUESTION_TOKENS = 256
 _MASK_ELEMENTS, _MOST_AT_ONCE = 1 << 26, 1024
 """Bounds of a forward: tokens, and its mask. A forward over more tokens is made in several."""
 _SCORE_ELEMENTS = 1 << 25
+_APART_AT_ONCE = 512
+"""Tokens of a segment that are computed apart in one forward."""
 _ATTENTIONS = "sdpa", "eager"
 
 
@@ -91,6 +93,23 @@ class Blender:
         """Copy tokens of a segment, from its token number `first` on, from `place` in the room apart to tokens `segment`."""
         self._move(pool, pool.tokens + place + first, first, segment.start, segment.start, segment.tokens)
 
+    def compute_apart(self, pool: Pool, ids: torch.Tensor, segment: Segment, place: int, behind: Segment) -> None:
+        """Compute a segment at `place` in the room apart as if it stood right behind the first tokens of the sequence, up to
+        `behind.end`, of which those from `behind.start` on are computed, too. Its keys are then those of positions from 0 on."""
+        self._compute(pool, ids, np.arange(*behind, dtype=np.int64))
+        source = pool.tokens + place
+        for first in range(0, segment.tokens, _APART_AT_ONCE):
+            count = min(_APART_AT_ONCE, segment.tokens - first)
+            cache = DynamicCache(config=self._shape.config)
+            for number, layer in enumerate(self._shape.kinds[0].layers):
+                kv = pool.kv(number)
+                before, own = kv[:, :, : behind.end], kv[:, :, source : source + first + count]
+                cache.layers[layer] = _Behind(before, own, count)
+            places = behind.end + first + torch.arange(count, device=self._shape.device)
+            begin = segment.start + first
+            self._run(ids[:, begin : begin + count], places, behind.end + first + count, cache)
+        self._move(pool, source, behind.end, source, 0, segment.tokens)
+
     def _move(self, pool: Pool, source: int, come: int, target: int, go: int, tokens: int) -> None:
         """Copy KV within the pool, with keys at positions from `come` on turned to positions from `go` on."""
         counted = torch.arange(tokens, device=self._shape.device)
@@ -104,11 +123,11 @@ class Blender:
 
     # The prompt
 
-    def compute(self, pool: Pool, ids: torch.Tensor, blend: Blend) -> int:
-        """Compute what has no KV before the question, and some of the blended tokens again. Return how many of these.
+    def compute(self, pool: Pool, ids: torch.Tensor, blend: Blend) -> Tokens:
+        """Compute what has no KV before the question, and some of the blended tokens again. Return the latter.
 
         pool: holds the exact KV of the first `blend.have` tokens, and the blended tokens. ids: [1, tokens], the prompt."""
-        first, again = blend.first(), set(map(int, blend.links))
+        first, again = blend.first(), blend.links
         scores: npt.NDArray[np.float32] | None = None
         if self.settings.choose == "query" and self.settings.recompute_ratio:
             begin = max(blend.end, ids.shape[1] - _QUESTION_TOKENS)
@@ -121,9 +140,9 @@ class Blender:
                 scores = self._deviation(pool, ids, blend)
         if scores is not None:
             chosen = blend.chosen(scores)
-            again.update(map(int, chosen))
+            again = np.union1d(again, chosen)
             self._compute(pool, ids, blend.then(chosen))
-        return len(again)
+        return again
 
     def _clear(self, pool: Pool, first: int, end: int) -> None:
         for layer in range(len(self.turns)):
@@ -168,14 +187,18 @@ class Blender:
         cache = DynamicCache(config=self._shape.config)
         for number, layer in enumerate(self._shape.kinds[0].layers):
             cache.layers[layer] = _Placed(pool.kv(number)[:, :, :end], places, number, check)
-        seen = torch.arange(end, device=device)[None] <= places[:, None]
+        self._run(ids[:, places], places, end, cache)
+
+    def _run(self, ids: torch.Tensor, places: torch.Tensor, end: int, cache: DynamicCache) -> None:
+        """Compute tokens at these places; each sees those of the first `end` that are not behind it."""
+        seen = torch.arange(end, device=places.device)[None] <= places[:, None]
         mask: torch.Tensor = seen[None, None]
         if self._model.config._attn_implementation == "eager":
             dtype = self._model.dtype
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         with torch.no_grad():
             self._model.base_model(  # without its head, since nobody needs the logits
-                input_ids=ids[:, places],
+                input_ids=ids,
                 position_ids=places[None],
                 attention_mask=mask,
                 past_key_values=cache,
@@ -214,6 +237,27 @@ class _Placed(DynamicLayer):  # type: ignore[misc]
         self._kv[0][:, self._places] = key_states[0]
         self._kv[1][:, self._places] = value_states[0]
         return self._kv[0][None], self._kv[1][None]
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+class _Behind(DynamicLayer):  # type: ignore[misc]
+    """A layer of a cache with the KV of a text, the last `count` tokens of which are new, behind that of other tokens. before,
+    own: [K, V][head][token][size]."""
+
+    def __init__(self, before: torch.Tensor, own: torch.Tensor, count: int) -> None:
+        super().__init__()
+        self._before, self._own, self._count = before, own, count
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put keys and values, [1, heads, new tokens, head size], at the end. Return those of all tokens."""
+        self._own[0][:, -self._count :], self._own[1][:, -self._count :] = key_states[0], value_states[0]
+        keys, values = (torch.cat([self._before[one], self._own[one]], dim=1)[None] for one in (0, 1))
+        return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
