@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lmcache.cli.main import main
-from lmcache.config.engine import ROWS, EngineConfig, ignored_by_daemons_engines, load_engine
+from lmcache.config.engine import ROWS, EngineConfig, ignored_by_daemons_engines, load_blending, load_engine
 from lmcache.errors import ConfigError
 from lmcache.tiers.registry import tiers_of
 
@@ -88,7 +88,7 @@ def test_nothing_is_nothing(file: Path) -> None:
         ("chunk_size: none\n", [":1: chunk_size: none", "whole number from 1"]),
         ("chunk_size: 8\nchunk_size: 9\n", [":2: chunk_size is given twice", ":1"]),
         ("cache_policy: MRU\n", ["cache_policy: MRU", "known: LRU"]),
-        ("enable_blending: true\n", [":1: enable_blending: true", "only prefixes are reused"]),
+        ("blend_recompute_ratios: [0.1, 0.2]\n", ["blend_recompute_ratios", "a list of one"]),
         ("enable_p2p: true\n", ["enable_p2p: true", "`lmcache server`"]),
         ("enable_pd: true\n", ["enable_pd", "disaggregated prefill", "kv_producer"]),
         ("remote_serde: zip\n", ["remote_serde: zip", "naive, cachegen", "lossless"]),
@@ -108,6 +108,22 @@ def test_mistakes_are_one_line_with_the_place_the_value_and_the_remedy(file: Pat
     assert str(file) in message
     for word in words:
         assert word in message, message
+
+
+def test_blending_is_said_to_be_for_transformers_only(file: Path) -> None:
+    file.write_text("enable_blending: true\nblend_recompute_ratios: [0.2]\nblend_min_tokens: 100\n")
+    settings = load_engine({}, file=file)
+    assert any("enable_blending has no effect" in one and "not there yet" in one for one in settings.warnings)
+    environ = {"LMCACHE_CONFIG_FILE": str(file), "LMCACHE_BLEND_CHECK_LAYERS": "2"}
+    expected = {
+        "enable_blending": True,
+        "blend_min_tokens": 100,
+        "blend_recompute_ratios": 0.2,
+        "blend_check_layers": 2,
+    }
+    assert load_blending(environ) == expected and load_blending({}) == {}
+    with pytest.raises(ConfigError, match="blend_min_tokens: none"):
+        load_blending({"LMCACHE_BLEND_MIN_TOKENS": "none"})
 
 
 def test_a_file_that_is_not_there(file: Path) -> None:

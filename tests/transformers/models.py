@@ -7,6 +7,7 @@ the device that LMCACHE_TEST_DEVICE names, by default a CPU.
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ import torch
 from commands import PATIENCE, serve, set_deadline
 
 from lmcache.engine import connection
+from lmcache.engine.blending import Blending
 from lmcache.integration.transformers import Attached, attach
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -353,6 +355,131 @@ def do_kinds(state: State, address: str) -> dict[str, Any]:
                 "hit": attached.hit_tokens,
             }
     return answers
+
+
+SEPARATOR = [8100, 8101]
+
+
+def do_attach_blending(state: State, connected: bool = True, **options: Any) -> dict[str, Any]:
+    """As `do_attach`; the options of `Blending` are in `blending`."""
+    blending = Blending(separator=tuple(SEPARATOR), **options.pop("blending", {}))
+    answer = do_attach(state, connected, blending=blending, **options)
+    assert state.attached is not None
+    return answer | {"blending_refusal": state.attached.blending_refusal}
+
+
+def _documents(seeds: list[int], beginning: int = 10, length: int = 70) -> torch.Tensor:
+    """A beginning, documents between separators, and a question. Documents are of `length` tokens or a few more."""
+    parts = [prompt(beginning, 900)[0] % 8000]
+    for seed in seeds:
+        parts += [torch.tensor(SEPARATOR, device=DEVICE), prompt(length + seed, seed)[0] % 8000]
+    parts += [torch.tensor(SEPARATOR, device=DEVICE), prompt(12, 901)[0] % 8000]
+    return torch.cat(parts)[None]
+
+
+def do_blend(state: State, documents: list[int], named: bool = False, **more: Any) -> dict[str, Any]:
+    """`generate` with these documents in this order. digest: of all logits. named: the boundaries are given, with no separator
+    in the settings."""
+    attached = state.attached
+    assert attached is not None
+    tokens = _documents(documents, **more)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = state.plain(tokens, **options)
+    counted = "hit_tokens", "stored_tokens", "blended_requests", "blended_tokens", "recomputed_tokens"
+    before = {name: getattr(attached, name) for name in counted}
+    if attached.flush() and attached._pool is not None:  # nothing that an earlier prompt has left is right
+        for memory in attached._pool._memory:
+            memory.view(torch.float32).fill_(torch.nan)
+    if named:
+        ends = [0, *(place for place, token in enumerate(tokens[0].tolist()) if token == SEPARATOR[1])]
+        options["blend_boundaries"] = [end + 1 for end in ends[1:]]
+    answer = state.model.generate(tokens, **options)
+    assert attached.flush()
+    logits = torch.stack(answer.logits).float()
+    return {
+        "same": torch.equal(answer.sequences, expected.sequences),
+        "difference": float((logits - torch.stack(expected.logits).float()).abs().max()),
+        "finite": bool(logits.isfinite().all()),
+        "digest": hashlib.sha256(logits.cpu().numpy().tobytes()).hexdigest(),
+        "refusal": attached.refusal + attached.blending_refusal,
+        **{name.removesuffix("_tokens"): getattr(attached, name) - before[name] for name in counted},
+    }
+
+
+def do_break_loads_of_segments(state: State) -> dict[str, Any]:
+    """From now on loads of segments fail in the worker, as if the server were another one."""
+    from lmcache.integration.transformers.segments import Segments
+
+    load = Segments._load
+
+    def broken(self: Any, part: Any, usable: Any, after: Any) -> Any:
+        part.request.hit = part.request.hit._replace(epoch=b"another server's")
+        return load(self, part, usable, after)
+
+    Segments._load = broken  # type: ignore[method-assign]
+    return {}
+
+
+def do_blend_kinds(state: State, address: str) -> dict[str, Any]:
+    """Models of one layer, whose KV does not depend on what stood before, so that blended KV is exact if it was turned right:
+    name -> refusals, what was blended, how far logits are from those without LMCache, and the error of turned keys relative to
+    those that the model computes there, in float32 and in bfloat16."""
+    import transformers as hf
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": VOCABULARY}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 0,
+        "bos_token_id": 0,
+    }
+    scaled = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    llama3 = {**scaled, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    configs = {
+        "llama": hf.LlamaConfig(**small, **heads),
+        "linear": hf.LlamaConfig(**small, **heads, rope_parameters={**scaled, "rope_type": "linear"}),
+        "yarn": hf.LlamaConfig(**small, **heads, rope_parameters={**scaled, "rope_type": "yarn"}),
+        "llama3": hf.LlamaConfig(**small, **heads, rope_parameters=llama3),
+        "qwen3": hf.Qwen3Config(**small, **heads, head_dim=16),
+        "neighbours": hf.CohereConfig(**small, **heads),
+        "partial neighbours": hf.GlmConfig(**small, **heads, head_dim=16, partial_rotary_factor=0.5),
+        "partial halves": hf.PhiConfig(**small, **heads, partial_rotary_factor=0.5),
+        "no rope": hf.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0),
+        "window": hf.MistralConfig(**small, **heads, sliding_window=16),
+        "dynamic": hf.LlamaConfig(**small, **heads, rope_parameters={**scaled, "rope_type": "dynamic"}),
+    }
+    answers, kept = {}, (state.model, state.plain)
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        state.model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+        state.plain, errors = state.model.generate, _turn_errors(state.model)
+        refusals = do_attach_blending(state, address=address, blending={"min_tokens": 32, "links": 0, "choose": "none"})
+        do_blend(state, [1, 2])
+        answers[name] = refusals | do_blend(state, [3, 2, 1]) | {"errors": errors}
+        do_close(state)
+    state.model, state.plain = kept
+    return answers
+
+
+def _turn_errors(model: Any) -> list[float]:
+    """Of keys that the model computes at position 5 and that are turned to 1305, in float32 and in bfloat16."""
+    from lmcache.errors import LayoutError
+    from lmcache.integration.transformers import rope
+    from lmcache.integration.transformers.model import kv_shape
+
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(model).to(dtype)
+        try:
+            turns = rope.turns_of(model, kv_shape(model))
+        except LayoutError:
+            return []
+        come, go = (rope._keys_at(model, place, [0])[0] for place in (5, 1305))
+        places = (torch.tensor([place], device=DEVICE) for place in (5, 1305))
+        errors.append(float((turns[0].turned(come, *places).float() - go.float()).norm() / go.float().norm()))
+    return errors
 
 
 def do_own_cache(state: State, ids: list[int]) -> dict[str, Any]:

@@ -122,6 +122,9 @@ def explained(row: Row) -> Iterator[str]:
     yield f"{row['request'] or '(a request without an id)'}  {when}  {row['model'] or '?'}: {found:,} of {tokens:,} tokens found"
     for source, count in row["sources"].items():
         yield f"  {count:>9,} tokens from {_SOURCES.get(source, f'the tier {source}')}"
+    if row.get("blended"):
+        segments, again = row["blended"]["segments"], row["blended"]["recomputed"]
+        yield f"  They are of {segments:,} segments that were blended into a prompt; {again:,} of them were computed again."
     if row["waited_seconds"]:
         yield f"  The lookup waited {row['waited_seconds']:.3f} s."
     for kind, (count, seconds) in row["copies"].items():
@@ -141,6 +144,7 @@ def explained(row: Row) -> Iterator[str]:
 _COPIES = {"load": "loaded", "store": "stored", "failed_load": "could not load (its log says why)"}
 _SOURCES = {
     "engine": "the engine's own prefix cache",
+    "segments": "segments, wherever they stood before",
     "l1": "L1",
     "other_engine": "another engine, for which the lookup waited",
 }
@@ -186,6 +190,8 @@ def _summary(arguments: argparse.Namespace, since: float) -> int:
     requested, missed, found, oldest, lost = 0, Counter[str](), Counter[str](), 1, False
     if since:
         for row in _records(arguments, since, 1 << 30):
+            if row.get("blended"):  # these tokens are also in the record of the prompt's lookup
+                continue
             requested, oldest = requested + row["tokens"], row["number"]
             missed.update(row["missed"])
             found.update(row["sources"])

@@ -64,6 +64,18 @@ def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text.lower() in _NOTHING else parse(text)
 
 
+def _first(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Parse a value, or a list of one: the public project's settings take lists, of which it uses the first."""
+
+    def parsed(text: str) -> Any:
+        values = text.strip("[] ").split(",")
+        if len(values) > 1:
+            raise ValueError("must be one value, or a list of one")
+        return parse(values[0].strip())
+
+    return parsed
+
+
 def _mapping(text: str) -> dict[str, Any]:
     if text.lower() in _NOTHING:
         return {}
@@ -211,12 +223,22 @@ _HANDED_OVER = (
     "vLLM's kv_role says what each of them does"
 )
 _ENABLE_PD = f"for disaggregated prefill {_ONE_DAEMON}, kv_role kv_producer in place of sender, kv_consumer of receiver"
+_ONLY_TRANSFORMERS = (
+    "no effect: blending is not there yet under this engine, which goes on reusing prefixes (Transformers has it)"
+)
+_BLENDING: tuple[tuple[str, Callable[[str], Any], Any], ...] = (
+    ("enable_blending", read.switch, False),
+    ("blend_special_str", str, " # # "),
+    ("blend_min_tokens", read.integer(1, 1 << 20), 256),
+    ("blend_recompute_ratios", _optional(_first(read.number(0, 1))), None),
+    ("blend_check_layers", _optional(_first(read.integer(0, 1 << 10))), None),
+)
 ROWS: tuple[Row, ...] = (
     *(
         Row(field.name, field.metadata["parse"], field.default, field.metadata["effect"])
         for field in dataclasses.fields(EngineConfig)
     ),
-    _refused("enable_blending", "only prefixes are reused: leave it out"),
+    *(Row(name, parse, default, _ONLY_TRANSFORMERS) for name, parse, default in _BLENDING),
     _refused("enable_p2p", _ONE_DAEMON),
     _refused("enable_pd", _ENABLE_PD),
     _refused("enable_nixl", f"for disaggregated prefill {_ONE_DAEMON}"),
@@ -275,7 +297,7 @@ ROWS: tuple[Row, ...] = (
         _HANDED_OVER,
     ),
     *_ignored(
-        "blend_recompute_ratios blend_recompute_ratio blend_min_tokens blend_check_layers blend_special_str p2p_host"
+        "blend_recompute_ratio p2p_host"
         " p2p_init_ports p2p_lookup_ports peer_init_ports peer_lookup_ports transfer_channel controller_url"
         " controller_pull_url controller_reply_url lmcache_worker_port lmcache_worker_ports nixl_role"
         " nixl_receiver_host nixl_receiver_port nixl_buffer_size nixl_buffer_device nixl_backends nixl_enable_gc"
@@ -345,6 +367,18 @@ def load_engine(
     sources = {row.name: found[row.name].source if row.name in found else "default" for row in ROWS}
     shown = {row.name: _redacted(values.get(row.name, row.default)) for row in ROWS}
     return EngineSettings(config, shown, sources, tuple(warnings))
+
+
+def load_blending(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the settings of blending that are given, in the environment or in the file that it names: name -> value.
+
+    Raises:
+        ConfigError: as `load_engine`, of these settings only.
+    """
+    environ = os.environ if environ is None else environ
+    found = _from_file(Path(environ[FILE_VARIABLE])) if environ.get(FILE_VARIABLE) else {}
+    found |= _from_environment(environ, [])
+    return {name: found[name].parsed(parse) for name, parse, _ in _BLENDING if name in found}
 
 
 def is_for_engines(path: Path) -> bool:

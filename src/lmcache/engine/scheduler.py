@@ -124,13 +124,20 @@ class SchedulerSession(Session):
         return self._epoch
 
     def new_chain(
-        self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None
+        self,
+        cache_salt: str = "",
+        lora_name: str = "",
+        lora_id: str = "",
+        extras: Extras | None = None,
+        segment: str = "",
     ) -> TokenChain | None:
-        """Return the chain of one prompt, to be extended with its tokens; None, counted as a miss, until a server was reached."""
+        """Return the chain of one prompt, to be extended with its tokens; None, counted as a miss, until a server was reached.
+        segment: as for `chunk_root`, for the chain of a segment."""
         if not self._chunk_tokens:
             self.misses["no server" if self.identified else UNKNOWN] += 1
             return None
-        return TokenChain(chunk_root(self._fingerprint, cache_salt, lora_name, lora_id), self._chunk_tokens, extras)
+        root = chunk_root(self._fingerprint, cache_salt, lora_name, lora_id, segment)
+        return TokenChain(root, self._chunk_tokens, extras)
 
     def lookup(
         self,
@@ -147,6 +154,7 @@ class SchedulerSession(Session):
         stores_tail: bool = True,
         tokens: int = 0,
         trace: str = "",
+        segment: bool = False,
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -156,12 +164,20 @@ class SchedulerSession(Session):
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             asked = chain, skip_tokens, prefill_rate, tail, request_id, chunks, any_split, engine
-            found = self.poll(*asked, halts=True, again=again, stores_tail=stores_tail, tokens=tokens, trace=trace)
+            found = self.poll(
+                *asked,
+                halts=True,
+                again=again,
+                stores_tail=stores_tail,
+                tokens=tokens,
+                trace=trace,
+                segment=segment,
+            )
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
                 # Without an id it waits for no other engine, and gets what that has stored so far.
-                found = self.poll(*asked[:4], "", chunks, any_split, again=again, tokens=tokens)
+                found = self.poll(*asked[:4], "", chunks, any_split, again=again, tokens=tokens, segment=segment)
                 if isinstance(found, Loading):
                     return None
                 if request_id and not again:  # or the server would count the request once more when it asks again
@@ -186,6 +202,7 @@ class SchedulerSession(Session):
         loads: bool = True,
         tokens: int = 0,
         trace: str = "",
+        segment: bool = False,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
@@ -198,6 +215,7 @@ class SchedulerSession(Session):
         server has counted an earlier answer to the same request. stores_tail: whether the engine stores the tail, too. loads: if
         false, only announce what the engine will store, and return None.
         tokens: of the complete prompt, for the server's accounts. trace: the request's W3C traceparent, "" if it has none.
+        segment: the chain is that of a segment of a prompt, whose tokens the prompt's own lookup accounts for.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -215,7 +233,8 @@ class SchedulerSession(Session):
             request = m.Lookup(
                 *(self._space, hashes, first if loads else len(hashes) // HASH_BYTES, prefill_rate, name, self._others),
                 *(any_split, m.request_name(engine), halts, again, loads),
-                *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, chain.text, trace),
+                *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, b"" if segment else chain.text),
+                *(trace, segment),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
@@ -292,6 +311,12 @@ class SchedulerSession(Session):
         """Tell the server from which token on a prompt that was looked up differs from the nearest known one, for its records."""
         if self._takes_positions and self._connection.connected:
             self._connection.post(m.Differs(m.request_name(request_id), token))
+
+    def blended(self, request_id: str, segments: int, tokens: int, again: int) -> None:
+        """Report that KV of so many segments was used for a prompt, with so many tokens, of which some were computed again."""
+        if self._connection.connected:
+            name = m.request_name(request_id)
+            self._connection.post(m.Release([], [name], (self._space, segments, tokens, again)))
 
     def too_short(self, tokens: int, request_id: str) -> None:
         """Report a prompt that does not fill a chunk, so that the server can account for it. Nothing is looked up."""

@@ -279,6 +279,9 @@ class Report:
                      "awaited_pulls"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
         out |= self._token_counters()
+        accounts = service.accounts
+        out |= {"blended_requests_total": accounts.blended_requests, "blended_tokens_total": accounts.blended_tokens}
+        out["blend_recomputed_tokens_total"] = accounts.recomputed_tokens
         out["failed_effects_total"] = l1.events.counters["failed_effects"]
         for reason, count in service.sessions.refused.counts.items():
             out[f'refused_engines_total{{reason="{reason}"}}'] = count

@@ -222,7 +222,8 @@ class Service:
             hashes = self._answerable(peer, request, spaces, first)
         name = m.request_name(request.request)
         asked = peer.process, request.space, hashes, first, name, request.others, request.sisters
-        again = not request.loads or (request.again and not self.accounts.is_uncounted(peer.process, name))
+        again = request.segment or not request.loads
+        again = again or (request.again and not self.accounts.is_uncounted(peer.process, name))
         hit = None
         if self.tiering is not None and request.loads and any(self.tiering.sources):
             if not any(map(self.tiering.knows, spaces, repeat(hashes), repeat(request.sisters))):
@@ -305,6 +306,10 @@ class Service:
     def _release(self, peer: Peer, request: m.Release) -> m.Message:
         for lease in request.leases:
             self.l1.release(peer.process, lease)
+        if request.blended is not None:
+            self.accounts.blended(
+                peer.process, m.request_name(request.requests[0] if request.requests else ""), *request.blended
+            )
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
             self.accounts.forget(peer.process, name)

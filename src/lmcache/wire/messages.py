@@ -138,6 +138,9 @@ class Lookup(Message, frozen=True, tag=4):
     """A hash of the first chunk's tokens alone, so that the server can tell a new prompt from one of another model or salt."""
     trace: Annotated[str, msgspec.Meta(max_length=128)] = ""
     """The W3C `traceparent` of the request where the engine has one, for spans."""
+    segment: bool = False
+    """Whether the chunks are those of a segment of a prompt. The prompt's own lookup accounts for its tokens, so this one counts
+    as neither a hit nor a miss."""
 
 
 class Release(Message, frozen=True, tag=5):
@@ -146,6 +149,9 @@ class Release(Message, frozen=True, tag=5):
 
     leases: Leases
     requests: Annotated[list[str], msgspec.Meta(max_length=65536)] = []
+    blended: tuple[int, int, int, int] | None = None
+    """What was done with segments of the first of the requests: the space, the segments whose KV was used, their tokens, and how
+    many of these were computed again."""
 
 
 class Reserve(Message, frozen=True, tag=6):

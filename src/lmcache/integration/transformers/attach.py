@@ -6,15 +6,17 @@ import atexit
 import inspect
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from lmcache.chunks.segments import cut
 from lmcache.engine import Copy, Request, StorePlan
+from lmcache.engine.blending import Blending
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
 from lmcache.engine.endpoint import Endpoint, given_address
 from lmcache.engine.forks import Forks
@@ -25,8 +27,10 @@ from lmcache.engine.prefill import PrefillRate
 from lmcache.engine.served import NOT_SERVED
 from lmcache.engine.tensors import weights_identity, weights_stamp
 from lmcache.errors import LayoutError
+from lmcache.integration.transformers.blend import Blender, given_blending
 from lmcache.integration.transformers.model import kv_shape, refuse_unsupported, served_kv
 from lmcache.integration.transformers.pool import PLACES, Pool, pooled_layers
+from lmcache.integration.transformers.segments import Segments
 from lmcache.observability.log import init_logger
 from transformers import DynamicCache
 
@@ -56,6 +60,9 @@ def attach(
     model_id: str = "",
     cache_salt: str = "",
     deadline_seconds: float = 2.0,
+    enable_blending: bool | None = None,
+    blending: Blending | None = None,
+    tokenizer: Any = None,
 ) -> Attached:
     """Let `model.generate` use the LMCache server at `address`, until `close` is called on the result.
 
@@ -66,27 +73,36 @@ def attach(
             after each change.
         cache_salt: only processes with the same salt share KV.
         deadline_seconds: how long one call of `generate` may wait for a server that does not answer.
+        enable_blending: find texts between separators wherever they stand in a prompt. What is computed from them is not exactly
+            what a model computes without LMCache (docs/blending.md). None: as LMCACHE_ENABLE_BLENDING says, by default not.
+        blending: how, in place of LMCACHE_BLEND_* and the defaults; this alone switches blending on, too.
+        tokenizer: the model's, for the separator; by default the one that is found under the model's name.
 
     Raises:
         ValueError: the address is not tcp://host:port, or the deadline is out of range.
-        ConfigError: the process's own server cannot be started.
+        ConfigError: the process's own server cannot be started, or a setting of blending is wrong.
     """
     instance = f"transformers-{uuid.uuid4().hex}"
+    if blending is None and enable_blending is not False:
+        blending = given_blending(model, enable_blending, tokenizer)
     where = embedded_address(instance) if embedded_gb else given_address(address)
     endpoint = Endpoint(where, instance, "scheduler", deadline_seconds=deadline_seconds)
     own = EmbeddedServer(instance, l1_size_gb=embedded_gb) if embedded_gb else None
-    return Attached(model, endpoint, model_id, cache_salt, own)
+    return Attached(model, endpoint, model_id, cache_salt, own, None if enable_blending is False else blending)
 
 
 @dataclass(frozen=True)
 class _Begun:
     """The prompt of a running `generate`, and the cache that it works with. loaded: its leading tokens that were loaded. states:
-    how many leading tokens are behind the copy of the states in each of the pool's places, ascending."""
+    how many leading tokens are behind the copy of the states in each of the pool's places, ascending. segments: those of the
+    prompt. exact: if some KV is blended, how many leading tokens have exact KV; only these are stored."""
 
     request: Request
     cache: DynamicCache
     loaded: int = 0
     states: list[int] = field(default_factory=list)
+    segments: Segments | None = None
+    exact: int | None = None
 
 
 class Attached:
@@ -99,15 +115,19 @@ class Attached:
         model_id: str = "",
         cache_salt: str = "",
         own: EmbeddedServer | None = None,
+        blending: Blending | None = None,
     ) -> None:
-        self.refusal = ""
-        """Why this model is not cached; "" if it is."""
+        self.refusal = self.blending_refusal = ""
+        """Why this model is not cached, and why nothing is blended although that was asked for; "" if it is."""
         self.hit_tokens = self.stored_tokens = 0
         """How many tokens were loaded from the cache so far, and how many were stored in it."""
+        self.blended_requests = self.blended_tokens = self.recomputed_tokens = 0
+        """In how many prompts segments were blended, how many tokens these had, and how many of them were computed again."""
         self._model, self._generate, self._endpoint = model, model.generate, endpoint
         self._model_id, self._salt, self._own = model_id, cache_salt, own
         self._rank: LocalRank[Request] | None = None
         self._pool: Pool | None = None
+        self._blender: Blender | None = None
         self._prefill, self._forks = PrefillRate(), Forks()
         self._stamp = 0
         self._identity: Identity | None = None
@@ -116,6 +136,8 @@ class Attached:
         self._lock = threading.Lock()
         try:
             self._shape = kv_shape(model)
+            if blending is not None:
+                self._blender = self._made_blender(blending)
             self._open(_ROOM_TOKENS)
         except NOT_SERVED as error:
             self._refuse(error)
@@ -124,14 +146,20 @@ class Attached:
         atexit.register(self.close)
 
     def generate(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
-        """Call the model's own `generate` with these arguments, and with KV from LMCache where possible. Return its answer."""
+        """Call the model's own `generate` with these arguments, and with KV from LMCache where possible. Return its answer.
+
+        blend_boundaries: a further option, in place of separators: the tokens at which segments begin, and last the one at which
+        the question does. Without blending it has no effect."""
+        boundaries = options.pop("blend_boundaries", None)
         ids: Any = inputs if inputs is not None else options.get("input_ids")
+        if boundaries is not None and isinstance(ids, torch.Tensor):
+            cut(ids.shape[-1], boundaries)  # a mistake of the caller's is theirs to hear of
         unsuited = self.refusal or _unsuited(self._model, ids, args, options)
         if unsuited or not self._lock.acquire(blocking=False):
             self._log(unsuited or "another thread is in generate")
             return self._generate(inputs, *args, **options)
         try:
-            begun = self._begin(ids, _foreseen_tokens(self._model, args, options))
+            begun = self._begin(ids, _foreseen_tokens(self._model, args, options), boundaries)
             if begun is None:
                 return self._generate(inputs, *args, **options)
             with self._watched(begun):
@@ -164,7 +192,7 @@ class Attached:
 
     # One prompt
 
-    def _begin(self, ids: torch.Tensor, new_tokens: int) -> _Begun | None:
+    def _begin(self, ids: torch.Tensor, new_tokens: int, boundaries: Sequence[int] | None = None) -> _Begun | None:
         """Return a cache for `generate` with LMCache's KV of the prompt; None if `generate` must run without LMCache."""
         tokens: list[int] = ids[0].tolist()
         try:
@@ -172,7 +200,7 @@ class Attached:
                 if self._rank is not None:
                     self._rank.requests.forgone(len(tokens))
                 return None
-            begun = self._load(tokens)
+            begun = self._load(ids, tokens, boundaries)
             if begun is not None and self._shape.states:
                 with self._watched(begun):
                     self._compute_to_boundaries(begun, ids)
@@ -181,7 +209,7 @@ class Attached:
             self._refuse(error)
             return None
 
-    def _load(self, tokens: list[int]) -> _Begun | None:
+    def _load(self, ids: torch.Tensor, tokens: list[int], boundaries: Sequence[int] | None) -> _Begun | None:
         rank, pool = self._rank, self._pool
         if rank is None or pool is None:  # another thread has called `close` meanwhile
             return None
@@ -202,7 +230,43 @@ class Attached:
             if not loaded:
                 have = request.stored = 0
         self.hit_tokens += have
-        return _Begun(request, pool.cache(have, self._step), have)
+        begun = _Begun(request, pool.cache(have, self._step), have)
+        if self._blender is None:
+            return begun
+        begun = self._blend(self._blender, begun, ids, tokens, boundaries)
+        return None if copies.running() else begun
+
+    def _blend(
+        self, blender: Blender, begun: _Begun, ids: torch.Tensor, tokens: list[int], boundaries: Sequence[int] | None
+    ) -> _Begun:
+        """Blend segments into the prompt. Return where `generate` goes on; what was begun, if nothing is blended."""
+        rank, pool, blend = self._rank, self._pool, None
+        assert rank is not None and pool is not None
+        try:
+            segments = Segments(blender, rank, pool, ids, tokens, boundaries, self._salt)
+            blend = segments.load(begun.loaded, self._endpoint.deadline_seconds)
+            if blend is None:
+                return replace(begun, segments=segments)
+            again = segments.compute(blend)
+        except (*NOT_SERVED, RuntimeError) as error:  # also of PyTorch, such as too little memory
+            self._blender, self.blending_refusal = None, str(error) or type(error).__name__
+            logger.warning("Nothing is blended any more: %s", self.blending_refusal)
+            return begun
+        self.blended_requests += 1
+        loaded = sum(one.tokens for one in segments.loaded)
+        self.blended_tokens += loaded
+        self.recomputed_tokens += again
+        rank.scheduler.blended("", len(segments.loaded), loaded, again)
+        cache = pool.cache(blend.end, self._step)
+        return replace(begun, cache=cache, segments=segments, exact=blend.exact)
+
+    def _made_blender(self, blending: Blending) -> Blender | None:
+        try:
+            return Blender(self._model, self._shape, blending)
+        except LayoutError as error:
+            self.blending_refusal = str(error)
+            logger.warning("Nothing is blended, only prefixes are reused: %s", error)
+            return None
 
     def _compute_to_boundaries(self, begun: _Begun, ids: torch.Tensor) -> None:
         """Compute the prompt in forwards that end where its states are to be kept, up to the end of its last whole chunk."""
@@ -266,6 +330,8 @@ class Attached:
         if rank is None or pool is None:
             return
         filled = min(len(sequence), *(layer.tokens_in_pool for layer in pooled_layers(begun.cache)))
+        if begun.exact is not None:
+            filled = min(filled, begun.exact)
         # A model with states goes on only where there is a copy of these.
         ends = [end for end in begun.states if end <= filled] if self._shape.states else [filled]
         for place, end in enumerate(ends):
@@ -274,6 +340,8 @@ class Attached:
             if plan is not None:
                 first, *others = pool.tables(place)
                 rank.copies.store(plan, first, after=stream_point(str(self._shape.device)), others=others)
+        if begun.segments is not None:
+            begun.segments.store(filled)
 
     def _ready(self, room: int) -> bool:
         """Make ready for a prompt and its answer of together `room` tokens. Return False if `generate` must run without LMCache.
@@ -329,7 +397,8 @@ class Attached:
         """
         shape, step = self._shape, max(_ROOM_TOKENS, 1 << max(0, room.bit_length() - 3))
         identity = self._identified()
-        self._pool = Pool(shape, -(-room // step) * step)
+        tokens = -(-room // step) * step
+        self._pool = Pool(shape, tokens, tokens if self._blender is not None else 0)
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
         first, *others = served_kv(self._model, shape, self._pool, identity)
         self._rank = LocalRank(self._endpoint, first, threads=threads, ended=self._ended, others=others)

@@ -1,0 +1,100 @@
+"""Which tokens are segments, and which are computed again. What a model makes of it is in tests/transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache.chunks import TokenChain, chunk_root
+from lmcache.chunks.segments import Segment, between, cut
+from lmcache.engine.blending import MOST_SEGMENTS, Blend, Blending
+from lmcache.errors import ConfigError
+
+FINGERPRINT = bytes.fromhex("dc47ac3afcb937b8634cf5aec6126ff4")
+
+
+def test_the_root_of_segments_is_another_one() -> None:
+    """A vector that must never change, and no segment with the name of a prompt, whatever its fields are."""
+    assert chunk_root(FINGERPRINT, segment="donor").hex() == "f9540e0b050918d61216188a0e05aab9"
+    roots = {chunk_root(FINGERPRINT, *fields) for fields in ((), ("donor",), ("", "donor"), ("", "", "donor"))}
+    roots |= {chunk_root(FINGERPRINT, salt, segment=how) for salt in ("", "a") for how in ("donor", "alone")}
+    assert len(roots) == 8
+    chains = [TokenChain(chunk_root(FINGERPRINT, segment=how), 4) for how in ("", "donor")]
+    for chain in chains:
+        chain.extend(range(8))
+    assert chains[0].hashes[:16] != chains[1].hashes[:16] and chains[0].hashes[16:] != chains[1].hashes[16:]
+
+
+def test_texts_between_separators() -> None:
+    assert between([1, 9, 8, 2, 3, 9, 8], [9, 8]) == [Segment(0, 1), Segment(3, 5), Segment(7, 7)]
+    assert between([9, 9, 8, 9], [9, 8]) == [Segment(0, 1), Segment(3, 4)]
+    assert between([1, 2], [9]) == [Segment(0, 2)] == between([1, 2], [])
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=5), min_size=1, max_size=6), st.lists(st.integers(4, 5), min_size=1)
+)
+def test_every_text_is_found(texts: list[list[int]], separator: list[int]) -> None:
+    joined = [token for text in texts for token in (*separator, *text)][len(separator) :]
+    assert [joined[part.start : part.end] for part in between(joined, separator)] == texts
+
+
+def test_boundaries_of_the_client() -> None:
+    assert cut(10, [2, 7]) == [Segment(0, 2), Segment(2, 7), Segment(7, 10)]
+    for wrong in ([7, 2], [2, 11], [-1]):
+        with pytest.raises(ValueError, match="must ascend from 0"):
+            cut(10, wrong)
+
+
+def test_segments_of_a_prompt() -> None:
+    blending = Blending(separator=(9,), min_tokens=3)
+    prompt = [1, 9, 1, 2, 3, 9, 1, 2, 9, 4, 5, 6, 7, 9, 1]
+    assert blending.segments(prompt) == ([Segment(2, 5), Segment(9, 13)], 14)
+    assert blending.segments([1, 2, 3]) == ([], 3) and blending.segments(prompt[:6]) == ([Segment(2, 5)], 6)
+    assert blending.segments(prompt, [0, 5, 14]) == ([Segment(0, 5), Segment(5, 14)], 14)
+    assert len(blending.segments([9, 1, 2, 3] * 1000)[0]) == MOST_SEGMENTS
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"min_tokens": 0}, {"recompute_ratio": 1.1}, {"links": -1}, {"run": 0}, {"choose": "x"}]
+)
+def test_mistakes(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Blending(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_computed() -> None:
+    blending = Blending(links=2, run=2, recompute_ratio=0.25)
+    blend = Blend(4, 200, (Segment(6, 16), Segment(18, 28)), blending)
+    assert blend.exact == 6 and blend.tokens == 20
+    assert blend.gaps == [Segment(4, 6), Segment(16, 18), Segment(28, 200)]
+    assert blend.links.tolist() == [6, 7, 18, 19]
+    assert blend.first().tolist() == [4, 5, 6, 7, 16, 17, 18, 19, *range(28, 200)]
+    scores = np.zeros(200, dtype=np.float32)
+    scores[[10, 26]], scores[40] = 1, 9  # that of a token which is not blended counts for nothing
+    assert blend.chosen(scores).tolist() == [10, 11, 26, 27]
+    # Links and short gaps behind the first chosen token are computed again, the long gap is not.
+    assert blend.then(blend.chosen(scores)).tolist() == [10, 11, 16, 17, 18, 19, 26, 27]
+    assert not len(blend.then(np.zeros(0, dtype=np.int64)))
+
+
+@given(
+    st.integers(1, 9),
+    st.floats(0, 1),
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), min_size=1, max_size=5),
+)
+def test_the_share_is_bounded_and_chosen_tokens_are_blended(
+    run: int, ratio: float, parts: list[tuple[int, int]]
+) -> None:
+    segments, at = [], 3
+    for tokens, gap in parts:
+        segments.append(Segment(at, at + tokens))
+        at += tokens + gap
+    blend = Blend(3, at, tuple(segments), Blending(run=run, recompute_ratio=ratio))
+    chosen = blend.chosen(np.random.default_rng(run).random(at, dtype=np.float32)).tolist()
+    assert len(chosen) <= ratio * blend.tokens and chosen == sorted(set(chosen))
+    assert all(any(part.start <= token < part.end for part in segments) for token in chosen)
+    if ratio == 1:
+        assert len(chosen) == blend.tokens
