@@ -27,6 +27,8 @@ HELP: dict[str, str] = {
     "hit_chunks_by_reason_total": "Chunks that lookups found as ranks of another parallel split have stored them.",
     "missed_chunks_by_reason_total": "Chunks that lookups did not find, by reason.",
     "dropped_chunks_by_reason_total": "Shards that got extents and were not filled, by reason.",
+    "refused_chunks_by_reason_total": "Shards that got no extents, by reason.",
+    "expired_chunks_by_reason_total": "Leased or reserved chunks whose claim passed its deadline, by the kind of claim.",
     "engine_dropped_chunks_total": "Chunks that engines decided not to store, by reason.",
     "stored_tokens_total": "Tokens whose KV engines stored.",
     "retrieved_tokens_total": "Tokens whose KV engines loaded instead of computing it.",
@@ -100,6 +102,42 @@ HELP: dict[str, str] = {
 }
 """Name without prefix -> what it counts, and its unit."""
 
+LABELS: dict[str, tuple[str, ...]] = {
+    "lookup_tokens_total": ("source",),
+    "missed_tokens_total": ("reason",),
+    "hit_chunks_by_reason_total": ("reason",),
+    "missed_chunks_by_reason_total": ("reason",),
+    "refused_chunks_by_reason_total": ("reason",),
+    "dropped_chunks_by_reason_total": ("reason",),
+    "expired_chunks_by_reason_total": ("reason",),
+    "engine_dropped_chunks_total": ("reason",),
+    "refused_engines_total": ("reason",),
+    "predicted_token_hit_ratio": ("times_l1",),
+    "predicted_token_hit_ratio_low": ("times_l1",),
+    "predicted_token_hit_ratio_high": ("times_l1",),
+    "fetches_by_end_total": ("reason",),
+    "awaits_by_end_total": ("reason",),
+    "tier_serving": ("tier",),
+    "tier_stored_bytes": ("tier",),
+    "tier_shards": ("tier",),
+    "tier_queued_bytes": ("tier",),
+    "tier_load_bytes_per_second": ("tier",),
+    "tier_ask_seconds": ("tier",),
+    "tier_loaded_shards_total": ("tier",),
+    "tier_loaded_bytes_total": ("tier",),
+    "tier_missed_total": ("tier", "reason"),
+    "tier_kept_shards_total": ("tier",),
+    "tier_written_shards_total": ("tier",),
+    "tier_unwritten_total": ("tier", "reason"),
+    "tier_unwritten_bytes_total": ("tier", "reason"),
+    "tier_queued_total": ("tier",),
+    "tier_lost_total": ("tier", "reason"),
+    "tier_lost_bytes_total": ("tier", "reason"),
+    "tier_failed_total": ("tier", "reason"),
+    "tier_opened_breaker_total": ("tier",),
+}
+"""Name without prefix -> its labels, for the metrics that have some."""
+
 _NAME = re.compile(r"([a-z][a-z0-9_]*)(?:\{(.*)\})?", re.DOTALL)
 _LABEL = re.compile(r'([a-z][a-z0-9_]*)="(.*?)"(?:,(?=[a-z][a-z0-9_]*=")|\Z)', re.DOTALL)  # a value may hold quotes
 
@@ -121,6 +159,11 @@ class _Snapshot:
         yield from _PROCESS.collect()
 
 
+def kind_of(name: str) -> str:
+    """Return the type of a metric, which its name tells: `counter` or `gauge`."""
+    return "counter" if name.endswith("_total") else "gauge"
+
+
 def families(counters: Mapping[str, float]) -> Iterable[Metric]:
     """Return one metric for each name; `missed_chunks_total{reason="evicted"}` becomes a sample of `missed_chunks_total`.
 
@@ -134,9 +177,8 @@ def families(counters: Mapping[str, float]) -> Iterable[Metric]:
             raise ValueError(f'counter {full_name!r}: use a_name or a_name{{label="value"}}')
         name, labels = match[1], dict(_LABEL.findall(match[2] or ""))
         if name not in found:
-            kind = "counter" if name.endswith("_total") else "gauge"
             help_text = HELP.get(name, name.removesuffix("_total").replace("_", " ").capitalize())
-            found[name] = Metric(f"lmcache_{name.removesuffix('_total')}", help_text, kind)
+            found[name] = Metric(f"lmcache_{name.removesuffix('_total')}", help_text, kind_of(name))
         found[name].add_sample(f"lmcache_{name}", labels, value)
     return found.values()
 
