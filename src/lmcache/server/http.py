@@ -247,7 +247,7 @@ class HttpEndpoint:
         return _json({"version": __version__})
 
     async def _status(self, request: Request) -> Response:
-        """Answer configuration (secrets as `***`), memory, index, engines (refused ones, too), tiers, last fetches, all counters."""
+        """Answer configuration (secrets as `***`), memory, index, engines, refused engines, tiers and counters."""
         return _json(await _ask(self._control.status))
 
     async def _fetches(self, request: Request) -> Response:
@@ -270,7 +270,7 @@ class HttpEndpoint:
         return Response(body, headers={"Content-Type": content_type})
 
     async def _clear(self, request: Request) -> Response:
-        """Empty L1, safely even while engines read; with `?tiers=all` also all tiers, with `?tiers=disk,redis` those of these names."""
+        """Empty L1, safely even while engines read. `?tiers=all` also empties the tiers, `?tiers=disk` those of these names."""
         if _declared_length(request) > _MOST_BODY_BYTES:
             return _json({"status": "error", "reason": f"the body is larger than {_MOST_BODY_BYTES} bytes"}, 413)
         for name in request.query_params:
