@@ -51,6 +51,14 @@ _AREAS = {
     "sizing": "Sizing and replay",
 }
 """Folder -> the heading of its messages. Folders without a heading come last."""
+_CODES = {
+    "400": "a parameter is wrong; `reason` says which",
+    "403": "the caller may not ask; `reason` says what it would need",
+    "404, 405": "there is no such path or method; `reason` lists those that there are",
+    "413": "the body is too large",
+    "500": "an unexpected exception; the log has its traceback",
+    "503": "the server is unhealthy or not ready, or a tier could not be emptied",
+}
 _LEVELS = {"warning": "warning", "error": "error", "exception": "error", "critical": "error"}
 
 
@@ -129,8 +137,8 @@ def settings() -> str:
             _table(("variable", "meaning"), others),
             "The server's own variables begin with `LMCACHE_SERVER_`: [flags](flags.md) names one for each flag.",
             "## In process, SGLang, TensorRT-LLM {#in-process}",
-            "An engine with a server of its own reads these from the file that `LMCACHE_CONFIG_FILE` names, from the variable, and "
-            "under vLLM from `lmcache.NAME` in `kv_connector_extra_config`; the last one wins.",
+            "An engine with a server of its own reads these from the file that `LMCACHE_CONFIG_FILE` names, from the variable, "
+            "and under vLLM from `lmcache.NAME` in `kv_connector_extra_config`; the last one wins.",
             _table(("setting", "variable", "default", "meaning"), rows["works"]),
             "### Refused {#refused}",
             "Such a setting stops the engine's start with one line. Its default value is accepted.",
@@ -184,13 +192,10 @@ def routes() -> str:
     return "\n\n".join(
         [
             "# HTTP routes",
-            "The server answers at `--http-host` and `--http-port`, by default at port 8080 of all addresses. Every answer is JSON "
-            "unless the table says otherwise. [Security](../security.md) says more about who may ask.",
+            "The server answers at `--http-host` and `--http-port`, by default at port 8080 of all addresses. Every answer is "
+            "JSON unless the table says otherwise. [Security](../security.md) says more about who may ask.",
             _table(("route", "answer", "for"), rows),
-            "| code | meaning |\n|---|---|\n| 400 | a parameter is wrong; `reason` says which |\n| 403 | the caller may not ask; "
-            "`reason` says what it would need |\n| 404, 405 | there is no such path or method; `reason` lists those that there are |\n"
-            "| 413 | the body is too large |\n| 500 | an unexpected exception; the log has its traceback |\n| 503 | the server is "
-            "unhealthy or not ready, or a tier could not be emptied |",
+            _table(("code", "meaning"), _CODES.items()),
         ]
     )
 
@@ -238,7 +243,7 @@ def reasons() -> str:
     assert set(EXPLAINED) == set(get_args(Reason))
     out = [
         "# Reasons",
-        "Every value of the label `reason`: what has happened, and what to do. `lmcache why --summary` says which of them cost most.",
+        "Every value of the label `reason`: what has happened, and what to do. `lmcache why --summary` says which cost most.",
         "## Tokens that were not found: `lmcache_missed_tokens_total` {#missed_tokens_total}",
         _explained(REASONS),
         "## Engines that were refused: `lmcache_refused_engines_total` {#refused_engines_total}",

@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages that lie outside docs/, pages made from the code, pictures in the page's colours, the switch of languages."""
+"""MkDocs hooks: pages from outside docs/ and from the code, pictures in the page's colours, the switch of languages."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ OTHER_LANGUAGE = {
 _ENGLISH = {chinese: english for english, chinese in reversed(OTHER_LANGUAGE.items())}
 _FENCES = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".conf": "ini", ".service": "ini", ".sysusers": "text"}
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=[)\s])")
+_SHORT_CODE = re.compile(r"<code>(?=[^<\n]{1,28}</code>)")
+_LONG_NAME = re.compile(r"<code>\w{24,}(?=</code>)")
 _PICTURE = re.compile(r'<img alt="([^"]*)" src="[^"]*?pictures/([\w-]+\.svg)"[^>]*/?>')
 
 
@@ -84,6 +86,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         )
         return f'<span class="picture" role="img" aria-label="{found[1]}">{svg.strip()}</span>'
 
+    html = _LONG_NAME.sub(lambda found: found[0].replace("_", "_<wbr>"), html)
+    html = _SHORT_CODE.sub('<code class="short">', html)  # a flag is not broken behind its hyphens
     return _PICTURE.sub(inline, html)
 
 
@@ -103,10 +107,17 @@ def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, n
 def _deploy() -> str:
     out = [
         "# Files for deployment",
-        "These are the files of `deploy/` in the repository. [Deployment](deployment.md) says how to use them, and which were run.",
+        "These are the files of `deploy/` in the repository. [Deployment](deployment.md) says how to use them.",
     ]
     for path in sorted((ROOT / "deploy").rglob("*")):
         if path.is_file():
             fence = _FENCES.get(path.suffix, "docker" if path.name.startswith("Dockerfile") else "text")
             out += [f"## `{path.relative_to(ROOT)}`", f"````{fence}\n{path.read_text().rstrip()}\n````"]
     return "\n\n".join(out)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """The theme looks for the site map of each language beside its pages; an empty one lets the switch follow its own link."""
+    empty = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9"></urlset>\n'
+    for folder in {posixpath.dirname(page) for page in (*OTHER_LANGUAGE, *OTHER_LANGUAGE.values())} - {""}:
+        Path(config.site_dir, folder, "sitemap.xml").write_text(empty)
