@@ -28,7 +28,7 @@ from lmcache.server.metrics import HELP, LABELS, kind_of
 from lmcache.server.refused import EXPLAINED, Reason
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lmcache"
-_LEAST_LETTERS = 12
+_LEAST_LETTERS = 7
 """A message with fewer letters of its own is made of others' words, and would say nothing here."""
 _MADE = "<!-- Made by tools/reference.py: change the code instead. -->\n\n"
 _MARKUP = re.compile(r"[*_\[\]|`~#$\\]")
@@ -269,8 +269,8 @@ def messages() -> str:
     return "\n\n".join(out)
 
 
-def all_messages() -> Iterator[Message]:
-    """Yield the messages of exceptions and the warnings and errors that are logged, read from the source."""
+def all_messages(levels: Mapping[str, str] = _LEVELS) -> Iterator[Message]:
+    """Yield the messages of exceptions and what is logged at these levels, read from the source."""
     for path in sorted(SOURCE.rglob("*.py")):
         folders = path.relative_to(SOURCE).parts[:-1]
         area = _AREAS.get("/".join(folders[:2])) or _AREAS.get("/".join(folders[:1])) or "Others"
@@ -279,7 +279,8 @@ def all_messages() -> Iterator[Message]:
                 continue
             called = ast.unparse(node.func)
             name = called.rpartition(".")[2]
-            kind = _LEVELS.get(name) if re.search(r"log(ger)?\.\w+$", called) else name if _is_error(name) else None
+            logged = re.search(r"log(ger)?\.\w+$", called) or called == "warn"
+            kind = levels.get("warning" if called == "warn" else name) if logged else name if _is_error(name) else None
             texts = [text for text in map(_said, node.args) if sum(map(str.isalpha, text)) >= _LEAST_LETTERS]
             if kind and texts:
                 yield Message(area, kind, " ".join(max(texts, key=len).split()))

@@ -96,6 +96,7 @@ FETCH_ENDS: dict[str, Reason] = {
     "promise ended": Reason(
         "The engine that was computing the chunks ended, or its request was aborted.", "Look in that engine's log."
     ),
+    "too many": Reason("4,096 lookups were waiting already.", "Use fewer requests at a time, or a faster tier."),
     "withdrawn": Reason("All requests that waited have ended.", "Nothing."),
     "arrived": Reason("All planned chunks have arrived.", "Nothing."),
     "failed": Reason("Some planned chunks did not arrive.", "lmcache_tier_missed_total says why."),
