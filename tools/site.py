@@ -43,6 +43,14 @@ _LONG_NAME = re.compile(r"<code>\w{24,}(?=</code>)")
 _PICTURE = re.compile(r'<img alt="([^"]*)" src="[^"]*?pictures/([\w-]+\.svg)"[^>]*/?>')
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Keep the library that cuts Chinese into words, which the search uses, from logging as it loads."""
+    import jieba
+
+    jieba.setLogLevel("WARNING")
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not files below docs/."""
     made = reference.pages()
