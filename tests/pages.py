@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -84,6 +85,7 @@ class Shell:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
             text=True,
         )
         watch = threading.Timer(seconds, os.killpg, (child.pid, signal.SIGTERM))
@@ -105,6 +107,11 @@ class Shell:
         text = re.sub(r"localhost:(8000|30000)", f"127.0.0.1:{self.engine_port}", text)
         extra = f'"kv_role":"kv_both","kv_connector_extra_config":{{"lmcache.mp.port":{self.port}}}'
         return text.replace('"kv_role":"kv_both"', extra)
+
+
+def _end_with_parent() -> None:
+    """A test run that is killed leaves no shell behind, nor what its trap ends (PR_SET_PDEATHSIG is 1)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def server_in_use() -> str:

@@ -107,7 +107,9 @@ def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, n
     other = {"en": _ENGLISH.get(here, "index.md"), "zh": OTHER_LANGUAGE.get(here, "zh/index.md")}
     other["zh" if chinese else "en"] = here
     for one in config.extra["alternate"]:
-        one["link"] = posixpath.splitext(other[one["lang"]])[0] + ".html"  # from the site's root; the theme makes it relative
+        one["link"] = (
+            posixpath.splitext(other[one["lang"]])[0] + ".html"
+        )  # from the site's root; the theme makes it relative
     return context
 
 
