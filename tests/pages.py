@@ -156,7 +156,7 @@ engine() { # the reader has another terminal for it
   done
 }
 restart_engine() {
-  kill -INT "$engine_job"
+  kill "$engine_job" # the same to an engine as Ctrl-C, which what runs in the background does not hear
   wait "$engine_job" || true
   engine "${last_engine[@]}"
 }

@@ -128,5 +128,5 @@ def _deploy() -> str:
 def on_post_build(config: MkDocsConfig) -> None:
     """The theme looks for the site map of each language beside its pages; an empty one lets the switch follow its own link."""
     empty = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9"></urlset>\n'
-    for folder in {posixpath.dirname(page) for page in (*OTHER_LANGUAGE, *OTHER_LANGUAGE.values())} - {""}:
-        Path(config.site_dir, folder, "sitemap.xml").write_text(empty)
+    for folder in {page.parent for page in Path(config.site_dir).rglob("*.html")} - {Path(config.site_dir)}:
+        (folder / "sitemap.xml").write_text(empty)
