@@ -17,7 +17,7 @@ import lmcache
 from engine_process import set_deadline
 from lmcache.cache.reasons import REASONS
 from lmcache.server.metrics import HELP
-from lmcache.server.refused import Reason
+from lmcache.server.refused import EXPLAINED, Reason
 from servers import PATIENCE, Server, eventually
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -214,6 +214,7 @@ def test_the_page_names_every_reason_of_a_refusal() -> None:
     section = (DOCS.parent / "SECURITY.md").read_text().split("## Who was refused")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     assert sorted(re.findall(r"`([^`]+)`", " ".join(rows))) == sorted(get_args(Reason))
+    assert [name for name, one in EXPLAINED.items() if f"| {one.remedy} |" not in section] == []
 
 
 def test_every_metric_and_every_reason_is_explained() -> None:

@@ -53,7 +53,9 @@ def test_help_names_every_command(folder: Path) -> None:
     run = command(folder)
     out, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0
-    assert all(f"\n  {verb}" in out for verb in ("demo", "test", "sanitize", "lint", "wheel", "bench", "setup", "help"))
+    assert all(
+        f"\n  {verb}" in out for verb in ("demo", "test", "sanitize", "lint", "wheel", "site", "bench", "setup", "help")
+    )
 
 
 def test_an_unknown_command_is_named(folder: Path) -> None:

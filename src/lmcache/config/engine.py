@@ -27,17 +27,18 @@ from lmcache.errors import ConfigError
 ENV_PREFIX = "LMCACHE_"
 FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 PREFIX_OF_EXTRA = "lmcache."
-_OTHERS = (
-    "CONFIG_FILE",
-    "L1_SIZE_GB",
-    "LOG_LEVEL",
-    "LOG_FORMAT",
-    "AUTH_KEY_FILE",
-    "INSECURE_NO_AUTH",
-    "USE_UPSTREAM_MP",
-    "ALLOW_SERVER_UID",
-)
-"""Variables with this prefix that other modules read."""
+OTHERS = {
+    "CONFIG_FILE": "The YAML or JSON file with the settings of in-process mode; for SGLang also `--lmcache-config-file`.",
+    "L1_SIZE_GB": "Another name for the server's `LMCACHE_SERVER_L1_SIZE_GB`.",
+    "LOG_LEVEL": "How much servers and engines log: DEBUG, INFO, WARNING, ERROR or CRITICAL. Default: INFO.",
+    "LOG_FORMAT": "How engines log: text or json. Default: text.",
+    "AUTH_KEY_FILE": "An engine's copy of the server's `--auth-key-file` (0600).",
+    "INSECURE_NO_AUTH": "1: an engine sends KV to a server on another host that has proved nothing. Only for closed networks.",
+    "USE_UPSTREAM_MP": "1: under vLLM, use vLLM's own connector class instead of LMCache's, with fewer features.",
+    "ALLOW_SERVER_UID": "The user id of a server of another user, whose memory this engine may map.",
+    "GPU_STAGING_MB": "MiB of GPU memory for the staging rings of a rank. Default: 128.",
+}
+"""Variables with this prefix that other modules read -> what they are for."""
 _OTHER_PREFIXES = ("SERVER_", "TEST_", "DEMO_", "MP_")
 SGLANG_KEYS = ("mp_host", "mp_port", "model_id")
 """Keys of the file that only SGLang's connector reads: the daemon's address, and a name for the weights."""
@@ -206,6 +207,30 @@ class EngineConfig:
         if self.remote_serde is None or "codec" in dict(parse_qsl(query, keep_blank_values=True)):
             return url
         return f"{url}{'&' if query else '?'}codec={self.remote_serde}"
+
+
+MEANING = {
+    "chunk_size": "Tokens in a chunk; any size works with any block size of the engine.",
+    "local_cpu": "Whether memory is used.",
+    "max_local_cpu_size": "Memory for KV in GiB, for all ranks of the engine together.",
+    "local_disk": "A tier on disk: an absolute path, or file:///path. The size is max_local_disk_size.",
+    "max_local_disk_size": "The size of local_disk in GiB.",
+    "remote_url": "A remote tier: any URL that --l2 of the server takes.",
+    "remote_serde": "How KV is stored: naive, as it is.",
+    "save_decode_cache": "Whether generated tokens are stored too.",
+    "save_unfull_chunk": "Whether the last, unfull chunk of a prompt is stored too.",
+    "cache_policy": "The eviction policy.",
+    "blocking_timeout_secs": "Seconds that one request waits for a server that does not answer.",
+    "priority_limit": "Requests with a larger priority number are neither loaded nor stored.",
+    "huge_pages": "--huge-pages of the server: auto, always or never.",
+    "min_retrieve_tokens": "Hits of fewer tokens are not loaded.",
+    "use_layerwise": "Whether a forward pass begins while its loads run, each layer waiting for its own KV.",
+    "extra_config": "Settings of plugins.",
+    "internal_api_server_enabled": "Whether the engine's server answers over HTTP.",
+    "internal_api_server_host": "The address of that HTTP endpoint.",
+    "internal_api_server_port_start": "Its port.",
+}
+"""Setting -> what its name says, for people; `Row.effect` adds what is different here."""
 
 
 def _refused(name: str, remedy: str, parse: Callable[[str], Any] = read.switch, default: Any = False) -> Row:
@@ -412,7 +437,7 @@ def _from_environment(environ: Mapping[str, str], warnings: list[str]) -> dict[s
         name = variable.removeprefix(ENV_PREFIX)
         if name.lower() in _BY_NAME:
             found[name.lower()] = _given(name.lower(), environ[variable], variable)
-        elif name not in _OTHERS and not name.startswith(_OTHER_PREFIXES):
+        elif name not in OTHERS and not name.startswith(_OTHER_PREFIXES):
             near = nearest(variable, [row.variable for row in ROWS])
             warnings.append(f"{variable} is not a setting and is ignored{': ' + near if 'did' in near else ''}")
     return found

@@ -8,6 +8,7 @@ A request that changes state must not come from a web page, so it must lack the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hmac
 import json
 import re
@@ -53,6 +54,9 @@ _LOCAL_NAME = re.compile(r"(localhost|127(?:\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", 
 _TOKEN_NEEDED = "from this host too, this needs the header `Authorization: Bearer TOKEN`"
 _WEB_PAGE_HEADERS = ("origin", "sec-fetch-site")
 _PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+READS = "callers on the server's host, and those with the token"
+CHANGES = "callers on the server's host, and those with the token; never a web page without it"
+"""Who may use the guarded routes of each kind. Everybody who reaches the port may use the others."""
 _HEADERS = [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
 
 
@@ -182,6 +186,7 @@ class HttpEndpoint:
     def _edge(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Wrap a route: a TimeoutError becomes status 503; any other exception becomes 500 and is logged."""
 
+        @functools.wraps(route)  # the route's own docstring and `caller` are its documentation
         async def answer(request: Request) -> Response:
             client = request.client
             if client and (connection := self._connections.get((client.host, client.port))):
@@ -213,10 +218,12 @@ class HttpEndpoint:
     ) -> Callable[[Request], Awaitable[Response]]:
         """Restrict a route to callers on this host and callers with the token; with `token`, to callers with the token."""
 
+        @functools.wraps(route)
         async def answer(request: Request) -> Response:
             refusal = self._refusal(request, changes, token)
             return _json({"status": "forbidden", "reason": refusal}, 403) if refusal else await route(request)
 
+        vars(answer)["caller"] = CHANGES if changes else READS
         return answer
 
     async def _healthcheck(self, request: Request) -> Response:
@@ -247,15 +254,20 @@ class HttpEndpoint:
         return _json({"status": "ready"}) if serving else _json({"status": "not ready"}, 503)
 
     async def _version(self, request: Request) -> Response:
+        """Answer the version of the server."""
         return _json({"version": __version__})
 
     async def _status(self, request: Request) -> Response:
+        """Answer configuration (secrets as `***`), memory, index, engines, refused engines, tiers and counters."""
         return _json(await _ask(self._control.status))
 
     async def _fetches(self, request: Request) -> Response:
+        """Answer what tiers and other engines did for the last requests that needed them, the latest first."""
         return _json({"fetches": await _ask(self._control.fetches)})
 
     async def _requests(self, request: Request) -> Response:
+        """Answer where the tokens of the last requests came from, and why others were missing. `?request=` (the beginning of an
+        id), `misses=1`, `since=` (seconds since the epoch), `limit=`, and `before=` with the `next` of the page before."""
         try:
             asked = _records_asked(request.query_params)
             return _json(await _ask(lambda: self._control.requests(**asked)))
@@ -263,11 +275,13 @@ class HttpEndpoint:
             return _json({"status": "error", "reason": str(error)}, 400)
 
     async def _metrics(self, request: Request) -> Response:
+        """Answer all metrics in the text format of Prometheus, or as OpenMetrics if the header `Accept` asks for it."""
         counters = await _ask(self._control.counters)
         body, content_type = render(counters, request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": content_type})
 
     async def _clear(self, request: Request) -> Response:
+        """Empty L1, safely even while engines read. `?tiers=all` also empties the tiers, `?tiers=disk` those of these names."""
         if _declared_length(request) > _MOST_BODY_BYTES:
             return _json({"status": "error", "reason": f"the body is larger than {_MOST_BODY_BYTES} bytes"}, 413)
         for name in request.query_params:
@@ -324,6 +338,7 @@ class HttpEndpoint:
         return _json({"status": "ok", **answer})
 
     async def _settings(self, request: Request) -> Response:
+        """Answer every setting of the server by its name; secrets as `***`."""
         return _json(self._config.redacted())
 
     async def _root(self, request: Request) -> Response:
@@ -334,6 +349,7 @@ class HttpEndpoint:
         return HTMLResponse(page.HTML, headers={"Content-Security-Policy": page.POLICY})
 
     async def _history(self, request: Request) -> Response:
+        """Answer a few counters of the last hour, one sample every ten seconds; `?format=csv` as CSV."""
         columns, samples = await _ask(self._control.history)
         if request.query_params.get("format") != "csv":
             return _json({"columns": columns, "samples": samples})

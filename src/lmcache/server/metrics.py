@@ -32,6 +32,8 @@ HELP: dict[str, str] = {
     "hit_chunks_by_reason_total": "Chunks that lookups found as ranks of another parallel split have stored them.",
     "missed_chunks_by_reason_total": "Chunks that lookups did not find, by reason.",
     "dropped_chunks_by_reason_total": "Shards that got extents and were not filled, by reason.",
+    "refused_chunks_by_reason_total": "Shards that got no extents, by reason.",
+    "expired_chunks_by_reason_total": "Leased or reserved chunks whose claim passed its deadline, by the kind of claim.",
     "engine_dropped_chunks_total": "Chunks that engines decided not to store, by reason.",
     "stored_tokens_total": "Tokens whose KV engines stored.",
     "retrieved_tokens_total": "Tokens whose KV engines loaded instead of computing it.",
@@ -90,6 +92,7 @@ HELP: dict[str, str] = {
     "fetched_chunks_failed_total": "Chunks that a tier reported to have and did not deliver.",
     "fetched_chunks_probes_total": "Loads that only measured whether a slow tier has become faster.",
     "fetched_chunks_late_answers_total": "Queries that tiers did not answer in time.",
+    "fetched_chunks_too_many_total": "Lookups that waited for no tier, since too many others were waiting.",
     "last_fetch_expected_seconds": "Expected time of the load in the last decision between loading and computing.",
     "last_fetch_recompute_seconds": "Expected time of computing in the same decision; 0 if it is not known.",
     "last_fetch_loaded": "Result of the same decision: 1 if the chunks were loaded.",
@@ -116,13 +119,46 @@ HELP: dict[str, str] = {
 }
 """Name without prefix -> what it counts, and its unit."""
 
+LABELS: dict[str, tuple[str, ...]] = {
+    "lookup_tokens_total": ("source",),
+    "missed_tokens_total": ("reason",),
+    "hit_chunks_by_reason_total": ("reason",),
+    "missed_chunks_by_reason_total": ("reason",),
+    "refused_chunks_by_reason_total": ("reason",),
+    "dropped_chunks_by_reason_total": ("reason",),
+    "expired_chunks_by_reason_total": ("reason",),
+    "engine_dropped_chunks_total": ("reason",),
+    "refused_engines_total": ("reason",),
+    "predicted_token_hit_ratio": ("times_l1",),
+    "predicted_token_hit_ratio_low": ("times_l1",),
+    "predicted_token_hit_ratio_high": ("times_l1",),
+    "fetches_by_end_total": ("reason",),
+    "awaits_by_end_total": ("reason",),
+    "fetched_chunks_late_answers_total": ("tier",),
+    "tier_serving": ("tier",),
+    "tier_stored_bytes": ("tier",),
+    "tier_shards": ("tier",),
+    "tier_queued_bytes": ("tier",),
+    "tier_load_bytes_per_second": ("tier",),
+    "tier_ask_seconds": ("tier",),
+    "tier_loaded_shards_total": ("tier",),
+    "tier_loaded_bytes_total": ("tier",),
+    "tier_missed_total": ("tier", "reason"),
+    "tier_kept_shards_total": ("tier",),
+    "tier_written_shards_total": ("tier",),
+    "tier_unwritten_total": ("tier", "reason"),
+    "tier_unwritten_bytes_total": ("tier", "reason"),
+    "tier_queued_total": ("tier",),
+    "tier_lost_total": ("tier", "reason"),
+    "tier_lost_bytes_total": ("tier", "reason"),
+    "tier_failed_total": ("tier", "reason"),
+    "tier_opened_breaker_total": ("tier",),
+}
+"""Name without prefix -> its labels, for the metrics that have some."""
+
 _NAME = re.compile(r"(:?[a-z][a-zA-Z0-9_]*)(?:\{(.*)\})?", re.DOTALL)
 _LABEL = re.compile(r'([a-z][a-z0-9_]*)="(.*?)"(?:,(?=[a-z][a-z0-9_]*=")|\Z)', re.DOTALL)  # a value may hold quotes
 _PART = re.compile(r"_(?:bucket|sum|count)\Z")
-
-
-def _is_total(name: str) -> bool:
-    return name.endswith("_total")
 
 
 def _words_of(name: str) -> str:
@@ -146,6 +182,11 @@ class _Snapshot:
         yield from _PROCESS.collect()
 
 
+def kind_of(name: str) -> str:
+    """Return the type of a metric, which its name tells: `counter` or `gauge`."""
+    return "counter" if name.endswith("_total") else "gauge"
+
+
 def families(counters: Mapping[str, float]) -> Iterable[Metric]:
     """Return one metric for each name; `missed_chunks_total{reason="evicted"}` becomes a sample of `missed_chunks_total`, and the
     counters of a `Histogram` become a histogram.
@@ -161,7 +202,7 @@ def families(counters: Mapping[str, float]) -> Iterable[Metric]:
             raise ValueError(f'counter {full_name!r}: use a_name or a_name{{label="value"}}')
         name, labels = match[1], dict(_LABEL.findall(match[2] or ""))
         of = _PART.sub("", name)
-        family, kind = (of, "histogram") if of in histograms else (name, "counter" if _is_total(name) else "gauge")
+        family, kind = (of, "histogram") if of in histograms else (name, kind_of(name))
         prefix = "lmcache" if name.startswith(":") else "lmcache_"
         if family not in found:
             help_text = HELP.get(family) or HELP_0_5.get(family) or _words_of(family)

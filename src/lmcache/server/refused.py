@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lmcache.cache.reasons import Reason as Explained
 from lmcache.observability.log import Seldom, init_logger
 
 logger = init_logger(__name__)
@@ -23,6 +24,40 @@ Reason = Literal[
     "no descriptor",
     "no hello",
 ]
+EXPLAINED: dict[Reason, Explained] = {
+    "no proof": Explained(
+        "an engine that cannot read the cookie file of a server without a key, or whose proof is not for this connection",
+        "mount `--socket-dir` at the same path and run both as one user, or give both a key file",
+    ),
+    "no key": Explained(
+        "an engine or another server without a key file, at a server that has one",
+        "set `LMCACHE_AUTH_KEY_FILE`, of a server `--auth-key-file`, to a copy of the server's file",
+    ),
+    "wrong key": Explained(
+        "an engine or another server with another key file than the server's",
+        "set `LMCACHE_AUTH_KEY_FILE`, of a server `--auth-key-file`, to a copy of the server's file",
+    ),
+    "unwanted key": Explained(
+        "an engine with a key file, at a server without one",
+        "start the server with the same file, or unset the variable",
+    ),
+    "other user": Explained("a process of another user at the Unix socket", "run the engine as the server's user"),
+    "version": Explained("an engine of another protocol version", "install the same release on both sides"),
+    "too many": Explained(
+        "a connection beyond the bounds of SECURITY.md", "end engines or scripts that open connections again and again"
+    ),
+    "small L1": Explained(
+        "an engine whose single chunk is larger than L1", "raise `--l1-size-gb`, or lower `--chunk-size`"
+    ),
+    "no descriptor": Explained(
+        "a connection, because the server has no file descriptor left", "raise the limit of open files (`ulimit -n`)"
+    ),
+    "no hello": Explained(
+        "a peer that sent no valid first message in 10 s, or too much before it",
+        "find out what connects to this port; engines do not do that",
+    ),
+}
+"""Reason -> what was refused, and what to do. SECURITY.md has the same table."""
 MAX_PEERS = 64
 """How many refused peers are remembered, for /status and to log each once."""
 _FORGOTTEN_AFTER_SECONDS = 600.0

@@ -132,6 +132,8 @@ class TierReport:
             kind, _, reason = name.partition(":")
             if kind in ("fetches", "awaits") and reason:
                 out[f'{kind}_by_end_total{{reason="{reason}"}}'] = value
+            elif kind == "late_answers":
+                out[f'fetched_chunks_late_answers_total{{tier="{self._runners[int(reason)].name}"}}'] = value
             elif not reason:
                 out[f"{'fetches' if kind == 'fetches' else f'fetched_chunks_{kind}'}_total"] = value
         last = self._fetches.last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmcache.config.given import nearest
 from lmcache.config.options import deadline, integer, word
@@ -30,15 +30,46 @@ def parse_host(text: str) -> str:
     return host
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    "host": parse_host,
-    "port": integer(1, 65535),
-    "mq_timeout": deadline,
-    "heartbeat_interval": deadline,
-    "mp_transfer_mode": word(*TRANSFER_MODES),
-    "model_id": str,
-    "synchronous_loads": word("auto", "never"),
+class Setting(NamedTuple):
+    """One setting: how its text is parsed, its default, and what it does. `meaning` is for people."""
+
+    parse: Callable[[str], Any]
+    default: Any
+    meaning: str
+
+
+SETTINGS: dict[str, Setting] = {
+    "host": Setting(parse_host, "localhost", "The server's host, such as `localhost` or `tcp://10.0.0.5`."),
+    "port": Setting(integer(1, 65535), 5555, "The server's port for engines."),
+    "mq_timeout": Setting(
+        deadline,
+        DEFAULT_DEADLINE_SECONDS,
+        "Seconds that one request waits for a server that does not answer. After that the engine goes on without the server and "
+        "reconnects in the background.",
+    ),
+    "heartbeat_interval": Setting(
+        deadline,
+        MOST_HEARTBEAT_SECONDS,
+        f"Seconds between pings of an engine that gets payload frames; at most {MOST_HEARTBEAT_SECONDS:g}.",
+    ),
+    "mp_transfer_mode": Setting(
+        word(*TRANSFER_MODES),
+        "auto",
+        "`auto` and `engine_driven`: the engine's ranks copy. `lmcache_driven` means `auto`. `payload`: payload frames, even on "
+        "the server's host.",
+    ),
+    "model_id": Setting(
+        str, "", "A name for the weights, for weights that cannot be identified. Without it: from the weights."
+    ),
+    "synchronous_loads": Setting(
+        word("auto", "never"),
+        "auto",
+        "`auto`: the forward pass of a request's first step waits for its load, layer by layer, if no other request runs or if "
+        "the load takes less than 2 ms. Otherwise, and with `never`, the request waits unscheduled, so that no other request is "
+        "held up.",
+    ),
 }
+"""Name without `lmcache.mp.` -> the setting."""
 
 
 def read_settings(kv_transfer_config: Any) -> ServerSettings:
@@ -47,21 +78,21 @@ def read_settings(kv_transfer_config: Any) -> ServerSettings:
     Raises:
         ConfigError: a value cannot be used; the message names the value and what to write in its place.
     """
-    names = [_PREFIX + name for name in _PARSERS]
+    names = [_PREFIX + name for name in SETTINGS]
     for name in getattr(kv_transfer_config, "kv_connector_extra_config", None) or {}:
         if name.startswith(_PREFIX) and name not in names:
             logger.warning(
                 "kv_connector_extra_config %s is not a setting and is ignored: %s", name, nearest(name, names)
             )
 
-    def read(name: str, default: object) -> Any:
-        value = kv_transfer_config.get_from_extra_config(_PREFIX + name, default)
+    def read(name: str) -> Any:
+        value = kv_transfer_config.get_from_extra_config(_PREFIX + name, SETTINGS[name].default)
         try:
-            return _PARSERS[name](str(value))
+            return SETTINGS[name].parse(str(value))
         except ValueError as error:
             raise ConfigError(f"{_PREFIX}{name} is {value!r}: {error}") from None
 
-    mode, heartbeat = read("mp_transfer_mode", "auto"), read("heartbeat_interval", MOST_HEARTBEAT_SECONDS)
+    mode, heartbeat = read("mp_transfer_mode"), read("heartbeat_interval")
     if mode == "lmcache_driven":
         logger.info("lmcache.mp.mp_transfer_mode=lmcache_driven means auto here: the ranks copy, the server decides")
         mode = "auto"
@@ -72,12 +103,12 @@ def read_settings(kv_transfer_config: Any) -> ServerSettings:
             MOST_HEARTBEAT_SECONDS,
         )
     return ServerSettings(
-        server_address(read("host", "localhost"), read("port", 5555)),
-        deadline_seconds=read("mq_timeout", DEFAULT_DEADLINE_SECONDS),
+        server_address(read("host"), read("port")),
+        deadline_seconds=read("mq_timeout"),
         heartbeat_seconds=min(heartbeat, MOST_HEARTBEAT_SECONDS),
         transfer_mode=mode,
-        model_id=read("model_id", ""),
-        synchronous_loads=read("synchronous_loads", "auto"),
+        model_id=read("model_id"),
+        synchronous_loads=read("synchronous_loads"),
     )
 
 
