@@ -144,6 +144,10 @@ def test_a_paused_tier_is_left_alone_and_loses_nothing(
     tier("resume", "dir")
     eventually(lambda: counted(cache, "kept_shards") == 20)
     assert cache.healthy() and counted(cache, "lost") == 0
+    tier("pause", "dir")
+    one.store([8, *TOKENS[1:]])
+    tier("remove", "dir")
+    assert counted(cache, "kept_shards") == 20 and counted(cache, "lost") == 10, "a paused tier is not written to"
 
 
 def test_what_only_a_paused_tier_has_is_missing_for_that_reason(

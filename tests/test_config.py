@@ -115,6 +115,8 @@ SAMPLES = {
     "l2_queue_gb": ("0.5", 0.5),
     "worth": ("ALWAYS", "always"),
     "drain_seconds": ("2.5", 2.5),
+    "allow_uid": ("1000,7", (1000, 7)),
+    "allow_gid": ("9", (9,)),
 }
 
 

@@ -268,6 +268,13 @@ def test_a_client_that_hangs_up_ends_its_question_for_models_too(bed: Callable[.
     assert next(engine for engine in one.decode if engine.asked).hung_up.wait(PATIENCE)
 
 
+def test_a_prefill_engine_that_is_full_is_replaced_by_the_next(bed: Callable[..., Bed]) -> None:
+    one = bed()
+    one.prefill[0].status, one.prefill[1].params = 429, PARAMS
+    assert one.post({"prompt": "a"})[1]["from"] == "d1"
+    assert len(one.asked(one.prefill)) == 2 and one.asked(one.decode)[0]["kv_transfer_params"] == PARAMS
+
+
 def test_an_engine_may_say_when_to_try_again(bed: Callable[..., Bed]) -> None:
     one = bed()
     for engine in one.decode:

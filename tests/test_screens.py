@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -48,6 +49,26 @@ def test_one_screen(
     assert re.search(r"lookups .* of which +50\.0% were found", said) and " in l1" in said
     assert "tokens a second: never_seen" in said and re.search(r"L1 +\[[#.]{30}\] +\d+% of 64 MiB, 10 chunks", said)
     assert re.search(r"^dir +.*; serving$", said, re.M)
+
+
+def test_the_usage_of_each_model(
+    server: Callable[..., Server], engine: Callable[..., Engine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = server()
+    url = f"http://127.0.0.1:{cache.http_port}"
+    assert main(["kvcache", "usage", "--url", url]) == 0 and "L1 holds nothing." in capsys.readouterr().out
+    one = engine(cache)
+    one.store(TOKENS)
+    assert main(["kvcache", "usage", "--url", url, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    (space,) = cache.status()["index"]["spaces"]
+    assert (
+        row["chunks"] == 10 and row["bytes"] == 10 * sum(space["shard_bytes"]) and row["model"] == space["model"] != ""
+    )
+    assert main(["kvcache", "usage", "--url", url]) == 0
+    said = capsys.readouterr().out
+    assert "10 chunks" in said and row["model"] in said
+    assert main(["kvcache", "usage", "--url", url, "--tiers", "all"]) == 2
 
 
 def test_the_rates_are_those_since_the_screen_before() -> None:

@@ -38,6 +38,14 @@ class Told:
         """Return whether there is something that is not empty. Nothing is missing where there is not."""
         return bool(self._told.get(name))
 
+    def numbers(self, name: str) -> list[float]:
+        """Return the numbers of a list; none if there is no list."""
+        found = self._told.get(name)
+        if not isinstance(found, list):
+            self._lacks(name)
+            return []
+        return [one for one in found if isinstance(one, (int, float))]
+
     def names(self) -> list[str]:
         """Return what there is."""
         return list(map(str, self._told))

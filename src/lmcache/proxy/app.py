@@ -33,6 +33,8 @@ _PASSED_ON = "authorization", "x-request-id", "traceparent"
 """The headers of a request that the engines get."""
 _ANSWERED = b"content-type", b"x-request-id", b"retry-after"
 _LOCAL_NAME = re.compile(r"(localhost|127(?:\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+_TOO_MANY = 429
+"""The status by which an engine refuses a request that another one may take."""
 _NOT_FOR_PREFILL = "stream_options", "best_of", "prompt_logprobs", "use_beam_search"
 
 
@@ -118,7 +120,7 @@ class Proxy:
             try:
                 with anyio.fail_after(self._seconds):  # for the complete answer, however slowly it comes
                     async with call(engine, "POST", path, headers, json.dumps(once).encode(), self._seconds) as answer:
-                        if answer.status < 500:
+                        if answer.status < 500 and answer.status != _TOO_MANY:
                             return _params(await _whole(answer))
                 logger.warning("The prefill engine %s answered %d", engine, answer.status)
             except TimeoutError:

@@ -115,7 +115,7 @@ class Attaching:
         done("")
 
     def remove(self, name: str, done: Done, drain_seconds: float | None = None) -> None:
-        """Detach a tier. `done` is called when it is closed, or after the bound of closing.
+        """Detach a tier. `done` is called when it is closed, or after the bound of closing. To a paused tier nothing is written.
 
         Raises:
             ConfigError: there is no tier of this name.
@@ -123,7 +123,6 @@ class Attaching:
         runner = self._named(name)
         seconds = self._drain_seconds if drain_seconds is None else drain_seconds
         del self._texts[runner]
-        runner.paused = False  # what is queued may be written
         self._tiering.leave(runner)
         self._draining[runner] = self._loop.now() + seconds, done
         logger.info("Tier %s is being removed: %d chunks are to be written to it first", name, len(runner.queue))
@@ -149,7 +148,10 @@ class Attaching:
         mine = {text: runner.name for runner, text in self._texts.items()}
         for text in old:
             if text not in new and text in mine:
-                self.remove(mine.pop(text), partial(_log, f"SIGHUP: tier {text.partition(':')[0]}"))
+                try:
+                    self.remove(mine.pop(text), partial(_log, "SIGHUP"))
+                except ConfigError as error:  # it is still being opened
+                    logger.error("SIGHUP: %s", error)
         for at in reversed(range(len(new))):  # the farthest first, so that each finds the one behind it
             if new[at] not in mine and new[at] not in old:
                 self._workers.submit(self.make, new[at]).add_done_callback(

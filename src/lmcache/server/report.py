@@ -219,6 +219,7 @@ class Report:
                 "spaces": [
                     {
                         "space": space.number,
+                        "model": service.model_of(space.number),
                         "shards": space.shards,
                         "chunks": len(space.table),
                         "shard_bytes": space.shard_bytes,

@@ -164,6 +164,8 @@ class MooncakeTier(Tier):
                 log.warning("Mooncake at %s: its client process has ended and is replaced", self._joining.master)
                 self._process = None
             if self._process is None:
+                if self._joining.protocol != "tcp":
+                    log.warning("Mooncake at %s: protocol=rdma was never tested with LMCache", self._joining.master)
                 self._process = StoreProcess(self._joining)
                 log.info(
                     "Mooncake at %s was joined by client process %d, which listens on %s and asks nobody for credentials",
