@@ -10,7 +10,7 @@ import pytest
 from lmcache.cli.main import main
 from lmcache.config.engine import ROWS, EngineConfig, ignored_by_daemons_engines, load_blending, load_engine
 from lmcache.errors import ConfigError
-from lmcache.tiers.registry import tiers_of
+from lmcache.tiers.adapters import url_of_adapter
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_nixls_storage_in_extra_config_is_an_adapter_of_the_server(tmp_path: Pat
         f"extra_config: {{enable_nixl_storage: true, nixl_backend: POSIX, nixl_path: {tmp_path}, nixl_pool_size: 4}}\n"
     )
     flags = load_engine({"LMCACHE_CONFIG_FILE": str(file)}).config.server_flags
-    (served,) = tiers_of([], [flags[flags.index("--l2-adapter") + 1]])
-    assert served.url == f"disk://{tmp_path}" and "pool_size: no effect" in served.warning
+    served = url_of_adapter(flags[flags.index("--l2-adapter") + 1])
+    assert served.url == f"disk://{tmp_path}" and "pool_size: no effect" in served.said[0]
     file.write_text(f"extra_config: {{enable_nixl_storage: false, nixl_path: {tmp_path}}}\n")
     assert "--l2-adapter" not in load_engine({"LMCACHE_CONFIG_FILE": str(file)}).config.server_flags

@@ -41,7 +41,10 @@ EXPLAINED: dict[Reason, Explained] = {
         "an engine with a key file, at a server without one",
         "start the server with the same file, or unset the variable",
     ),
-    "other user": Explained("a process of another user at the Unix socket", "run the engine as the server's user"),
+    "other user": Explained(
+        "a process of another user at the Unix socket",
+        "run the engine as the server's user, or let its user in (`--allow-uid`)",
+    ),
     "version": Explained("an engine of another protocol version", "install the same release on both sides"),
     "too many": Explained(
         "a connection beyond the bounds of SECURITY.md", "end engines or scripts that open connections again and again"
