@@ -163,6 +163,49 @@ def test_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "`pip install vllm`" in capsys.readouterr().err
 
 
+_NOT_VLLM = """#!{python}
+# Answers like `vllm serve`, and says of itself what the connector would say.
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *said): pass
+    def answer(self, content):
+        self.send_response(200); self.end_headers(); self.wfile.write(content.encode())
+    def do_GET(self): self.answer(json.dumps({{"data": [{{"id": "m"}}]}}))
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ids = [sum(asked["prompt"]) % 1000] * asked["max_tokens"]
+        self.answer("data: " + json.dumps({{"id": "x", "choices": [{{"token_ids": ids}}]}}) + "\\n\\n")
+port = int(sys.argv[sys.argv.index("--port") + 1])
+print("Connected to the LMCache server\\n" * 2, flush=True)
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_the_demo_starts_asks_restarts_and_ends_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With something in vLLM's place that computes nothing, so nothing is found; tests/vllm has the real one."""
+    stand_in = tmp_path / "vllm"
+    stand_in.write_text(_NOT_VLLM.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(demo, "find_spec", lambda name: "there")
+    monkeypatch.setattr(demo, "_STORED_SECONDS", 0.1)
+    assert main(["demo", "--model", "m", "--tokens", "300", "--l1-size-gb", "0.1"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("starting ") == 2 and "after a restart of the engine, from LMCache" in said
+    assert "0 tokens came from LMCache. The answers are the same in all rounds." in said
+    assert not [one for one in Path("/proc").glob("[0-9]*/cmdline") if bytes(stand_in) in read_or_nothing(one)]
+
+
+def read_or_nothing(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def test_errors_are_sentences(
     server: Callable[..., Server], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ def test_the_demo_shows_hits_and_the_same_answers(model: Path) -> None:
     flags = "--dtype float32 --enforce-eager --kv-cache-memory-bytes 268435456 --max-model-len 2048"
     inside = environment(PYTHONPATH=str(Path(lmcache.__file__).parents[1]))
     done = subprocess.run(
-        [*command, "--vllm", flags], capture_output=True, text=True, env=inside, timeout=840, check=False
+        [*command, "--vllm", flags], capture_output=True, text=True, env=inside, timeout=1700, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The answers are the same in all rounds." in done.stdout and "after a restart of the engine" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -37,8 +38,9 @@ _INSTALL = (
     "vLLM is not installed in this environment: `pip install vllm` (GPU; a CPU build: docs.vllm.ai, Installation, CPU), then try "
     "again. Without vLLM, `lmcache server` and `lmcache bench` show what the cache itself gives"
 )
-_START_SECONDS, _END_SECONDS = 1200.0, 20.0
+_START_SECONDS, _STORED_SECONDS, _END_SECONDS = 1200.0, 20.0, 20.0
 _PROMPTS, _ANSWER_TOKENS = 3, 8
+_PR_SET_PDEATHSIG = 1
 
 
 def add_verb(verbs: Verbs) -> None:
@@ -155,7 +157,7 @@ def _ask(port: int, prompts: list[list[int]]) -> tuple[list[float], list[list[in
 
 def _settle(port: int, tokens: int) -> None:
     """Wait until what was computed is stored."""
-    deadline = RUNTIME.now() + _END_SECONDS
+    deadline = RUNTIME.now() + _STORED_SECONDS
     while _counter(port, "stored_tokens_total") < tokens and RUNTIME.now() < deadline:
         RUNTIME.sleep(0.1)
 
@@ -181,6 +183,10 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class _Child:
     """A process in a group of its own, whose output goes to `log`; it is ended with `ends`."""
 
@@ -188,7 +194,12 @@ class _Child:
         self._log = log
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         ends.callback(self.end)
 
