@@ -37,6 +37,8 @@ class Causes:
     def __init__(self, cache: Server, beds: list[Bed], raw: list[Raw]) -> None:
         self.cache, self.beds, self.raw, self.dice = cache, beds, raw, random.Random(7)
         self.expected: dict[str, Told] = {}
+        self.parted: dict[str, int] = {}
+        """Request -> the token at which it differs from the nearest one."""
         self.asked = 0
 
     def fresh(self, chunks: int, rest: int = 3) -> list[int]:
@@ -84,6 +86,7 @@ class Causes:
     def differs(self) -> None:
         ids, at = self.stored(self.fresh(6)), self.dice.randrange(CHUNK, 6 * CHUNK)
         self.ask([*ids[:at], ids[at] + 1, *ids[at + 1 :]], "differs", at // CHUNK)
+        self.parted[list(self.expected)[-1]] = at
 
     def longer(self) -> None:
         ids = self.stored(self.fresh(4, 0))
@@ -163,6 +166,11 @@ def test_what_happened_to_a_thousand_requests(server: Servers, engine: Engines) 
         "awaited_in_vain",
     }
     assert len(wrong) <= len(causes.expected) // 100, (len(wrong), Counter(wrong.values()), produced)
+    places = Counter(
+        told[name]["differs_at"] - at if told[name]["differs_at"] >= 0 else None for name, at in causes.parted.items()
+    )
+    assert places[0] > 0.3 * places.total(), "half of them are asked by the engine that knows the other prompt"
+    assert places[0] + places[None] >= 0.97 * places.total(), places
     for one in raw:
         one.close()
 
