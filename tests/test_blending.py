@@ -1,4 +1,4 @@
-"""Which tokens are segments, and which are computed again. What a model makes of it is in tests/transformers."""
+"""Which tokens are passages, and which are computed again. What a model makes of it is in tests/transformers."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache.chunks import TokenChain, chunk_root
-from lmcache.chunks.segments import Segment, between, cut
-from lmcache.engine.blending import MOST_SEGMENTS, Blend, Blending
+from lmcache.chunks.passages import Passage, between, cut
+from lmcache.engine.blending import MOST_PASSAGES, Blend, Blending
 from lmcache.errors import ConfigError
 
 FINGERPRINT = bytes.fromhex("dc47ac3afcb937b8634cf5aec6126ff4")
 
 
-def test_the_root_of_segments_is_another_one() -> None:
-    """A vector that must never change, and no segment with the name of a prompt, whatever its fields are."""
-    assert chunk_root(FINGERPRINT, segment="donor").hex() == "f9540e0b050918d61216188a0e05aab9"
+def test_the_root_of_passages_is_another_one() -> None:
+    """A vector that must never change, and no passage with the name of a prompt, whatever its fields are."""
+    assert chunk_root(FINGERPRINT, passage="donor").hex() == "16800c385154ef4d166867a60d33a1b6"
     roots = {chunk_root(FINGERPRINT, *fields) for fields in ((), ("donor",), ("", "donor"), ("", "", "donor"))}
-    roots |= {chunk_root(FINGERPRINT, salt, segment=how) for salt in ("", "a") for how in ("donor", "alone")}
+    roots |= {chunk_root(FINGERPRINT, salt, passage=how) for salt in ("", "a") for how in ("donor", "alone")}
     assert len(roots) == 8
-    chains = [TokenChain(chunk_root(FINGERPRINT, segment=how), 4) for how in ("", "donor")]
+    chains = [TokenChain(chunk_root(FINGERPRINT, passage=how), 4) for how in ("", "donor")]
     for chain in chains:
         chain.extend(range(8))
     assert chains[0].hashes[:16] != chains[1].hashes[:16] and chains[0].hashes[16:] != chains[1].hashes[16:]
 
 
 def test_texts_between_separators() -> None:
-    assert between([1, 9, 8, 2, 3, 9, 8], [9, 8]) == [Segment(0, 1), Segment(3, 5), Segment(7, 7)]
-    assert between([9, 9, 8, 9], [9, 8]) == [Segment(0, 1), Segment(3, 4)]
-    assert between([1, 2], [9]) == [Segment(0, 2)] == between([1, 2], [])
+    assert between([1, 9, 8, 2, 3, 9, 8], [9, 8]) == [Passage(0, 1), Passage(3, 5), Passage(7, 7)]
+    assert between([9, 9, 8, 9], [9, 8]) == [Passage(0, 1), Passage(3, 4)]
+    assert between([1, 2], [9]) == [Passage(0, 2)] == between([1, 2], [])
 
 
 @given(
@@ -42,19 +42,19 @@ def test_every_text_is_found(texts: list[list[int]], separator: list[int]) -> No
 
 
 def test_boundaries_of_the_client() -> None:
-    assert cut(10, [2, 7]) == [Segment(0, 2), Segment(2, 7), Segment(7, 10)]
+    assert cut(10, [2, 7]) == [Passage(0, 2), Passage(2, 7), Passage(7, 10)]
     for wrong in ([7, 2], [2, 11], [-1]):
         with pytest.raises(ValueError, match="must ascend from 0"):
             cut(10, wrong)
 
 
-def test_segments_of_a_prompt() -> None:
+def test_passages_of_a_prompt() -> None:
     blending = Blending(separator=(9,), min_tokens=3)
     prompt = [1, 9, 1, 2, 3, 9, 1, 2, 9, 4, 5, 6, 7, 9, 1]
-    assert blending.segments(prompt) == ([Segment(2, 5), Segment(9, 13)], 14)
-    assert blending.segments([1, 2, 3]) == ([], 3) and blending.segments(prompt[:6]) == ([Segment(2, 5)], 6)
-    assert blending.segments(prompt, [0, 5, 14]) == ([Segment(0, 5), Segment(5, 14)], 14)
-    assert len(blending.segments([9, 1, 2, 3] * 1000)[0]) == MOST_SEGMENTS
+    assert blending.passages(prompt) == ([Passage(2, 5), Passage(9, 13)], 14)
+    assert blending.passages([1, 2, 3]) == ([], 3) and blending.passages(prompt[:6]) == ([Passage(2, 5)], 6)
+    assert blending.passages(prompt, [0, 5, 14]) == ([Passage(0, 5), Passage(5, 14)], 14)
+    assert len(blending.passages([9, 1, 2, 3] * 1000)[0]) == MOST_PASSAGES
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_mistakes(wrong: dict[str, object]) -> None:
 
 def test_what_is_computed() -> None:
     blending = Blending(links=2, run=2, recompute_ratio=0.25)
-    blend = Blend(4, 200, (Segment(6, 16), Segment(18, 28)), blending)
+    blend = Blend(4, 200, (Passage(6, 16), Passage(18, 28)), blending)
     assert blend.exact == 6 and blend.tokens == 20
-    assert blend.gaps == [Segment(4, 6), Segment(16, 18), Segment(28, 200)]
+    assert blend.gaps == [Passage(4, 6), Passage(16, 18), Passage(28, 200)]
     assert blend.links.tolist() == [6, 7, 18, 19]
     assert blend.first().tolist() == [4, 5, 6, 7, 16, 17, 18, 19, *range(28, 200)]
     scores = np.zeros(200, dtype=np.float32)
@@ -88,13 +88,13 @@ def test_what_is_computed() -> None:
 def test_the_share_is_bounded_and_chosen_tokens_are_blended(
     run: int, ratio: float, parts: list[tuple[int, int]]
 ) -> None:
-    segments, at = [], 3
+    passages, at = [], 3
     for tokens, gap in parts:
-        segments.append(Segment(at, at + tokens))
+        passages.append(Passage(at, at + tokens))
         at += tokens + gap
-    blend = Blend(3, at, tuple(segments), Blending(run=run, recompute_ratio=ratio))
+    blend = Blend(3, at, tuple(passages), Blending(run=run, recompute_ratio=ratio))
     chosen = blend.chosen(np.random.default_rng(run).random(at, dtype=np.float32)).tolist()
     assert len(chosen) <= ratio * blend.tokens and chosen == sorted(set(chosen))
-    assert all(any(part.start <= token < part.end for part in segments) for token in chosen)
+    assert all(any(part.start <= token < part.end for part in passages) for token in chosen)
     if ratio == 1:
         assert len(chosen) == blend.tokens

@@ -407,17 +407,17 @@ def do_blend(state: State, documents: list[int], named: bool = False, **more: An
     }
 
 
-def do_break_loads_of_segments(state: State) -> dict[str, Any]:
-    """From now on loads of segments fail in the worker, as if the server were another one."""
-    from lmcache.integration.transformers.segments import Segments
+def do_break_loads_of_passages(state: State) -> dict[str, Any]:
+    """From now on loads of passages fail in the worker, as if the server were another one."""
+    from lmcache.integration.transformers.passages import Passages
 
-    load = Segments._load
+    load = Passages._load
 
     def broken(self: Any, part: Any, usable: Any, after: Any) -> Any:
         part.request.hit = part.request.hit._replace(epoch=b"another server's")
         return load(self, part, usable, after)
 
-    Segments._load = broken  # type: ignore[method-assign]
+    Passages._load = broken  # type: ignore[method-assign]
     return {}
 
 

@@ -15,7 +15,7 @@ Scripts = Callable[[Path], Any]
 
 
 def test_all_computed_again_is_a_cold_run(server: Servers, user: Any) -> None:
-    """With every blended token computed again nothing of the segments is left, so places, masks and passes are right."""
+    """With every blended token computed again nothing of the passages is left, so places, masks and passes are right."""
     one = server(l1=256, chunk=16)
     user.ask("attach_blending", address=one.address, blending={**SMALL, "recompute_ratio": 1.0})
     first = user.ask("blend", documents=[1, 2, 3])
@@ -61,7 +61,7 @@ def test_each_way_to_choose(server: Servers, user: Any) -> None:
 
 
 def test_the_server_knows_what_was_blended(server: Servers, user: Any) -> None:
-    """The accounts of lookups add up, with the tokens of segments as missing; beside them stands what was blended."""
+    """The accounts of lookups add up, with the tokens of passages as missing; beside them stands what was blended."""
     one = server(l1=256, chunk=16)
     user.ask("attach_blending", address=one.address, blending=SMALL)
     lengths = [10 + 3 * 2 + 71 + 72 + 12, 10 + 3 * 2 + 73 + 71 + 12]
@@ -75,8 +75,8 @@ def test_the_server_knows_what_was_blended(server: Servers, user: Any) -> None:
     accounted = sum(value for name, value in counters.items() if name.startswith(parts))
     assert counters["requested_tokens_total"] == accounted == sum(lengths)
     latest, before = one.get("/requests")["requests"][:2]
-    assert latest["blended"] == {"segments": 1, "recomputed": blended["recomputed"]}
-    assert latest["sources"] == {"segments": 71} and not before["blended"] and before["tokens"] == lengths[1]
+    assert latest["blended"] == {"passages": 1, "recomputed": blended["recomputed"]}
+    assert latest["sources"] == {"passages": 71} and not before["blended"] and before["tokens"] == lengths[1]
 
 
 def test_blended_kv_is_never_stored_as_exact(server: Servers, user: Any, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_blended_kv_is_never_stored_as_exact(server: Servers, user: Any, tmp_pat
 
 
 def test_a_prompt_after_a_blended_run_is_cold(server: Servers, user: Any) -> None:
-    """Nothing of a prompt that begins with a blended segment is stored, so it misses, and is computed as on another server."""
+    """Nothing of a prompt that begins with a blended passage is stored, so it misses, and is computed as on another server."""
     user.ask("attach", address=server(l1=256, chunk=16).address)
     cold = user.ask("blend", documents=[3, 1])
     one = server(l1=256, chunk=16)
@@ -131,6 +131,6 @@ def test_salts_boundaries_and_failed_loads(server: Servers, script: Scripts, mod
     assert user.ask("blend", documents=[3, 1])["blended"] == 0
     user.ask("attach_blending", address=one.address, blending=SMALL)
     assert user.ask("blend", documents=[3, 1])["blended"] == 73 + 71
-    user.ask("break_loads_of_segments")
+    user.ask("break_loads_of_passages")
     failed = user.ask("blend", documents=[2, 1])
     assert not failed["blended"] and failed["digest"] == cold["digest"] and not failed["refusal"]

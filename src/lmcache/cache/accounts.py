@@ -37,7 +37,7 @@ _LATELY_SECONDS = 1.5
 MOST_TOKENS = 1 << 31
 _TEXT_BYTES, _COPIES_BYTES, _POSITION_BYTES = 400, 800, 300
 """Memory of an entry, at most (measured by tests/test_accounts.py)."""
-SEGMENTS = "segments"
+PASSAGES = "passages"
 """The source of tokens with blended KV, in the record of its own that blending has."""
 Run = tuple[str, int]
 """A reason, and the number of consecutive chunks that are missing for it."""
@@ -109,7 +109,7 @@ class Accounts:
         self.missed = Counter(dict.fromkeys(REASONS, 0))
         """Tokens by reason."""
         self.blended_requests = self.blended_tokens = self.recomputed_tokens = 0
-        """Prompts with blended segments, the tokens of these, and how many of them were computed again. For the prompt's lookup
+        """Prompts with blended passages, the tokens of these, and how many of them were computed again. For the prompt's lookup
         these tokens are missing, since they are no prefix."""
         self.records = Records(most_bytes * 31 // 64)
         self.waiting: OrderedDict[tuple[int, object], tuple[float, int]] = OrderedDict()
@@ -338,20 +338,20 @@ class Accounts:
         token = self._positions.get((record.engine, record.request), -1) if is_new else -1
         return token if 0 <= token < record.tokens and token // record.chunk_tokens == record.chunk else -1
 
-    def blended(self, process: int, request: str, space: int, segments: int, tokens: int, again: int) -> None:
-        """Note that an engine has used the KV of segments in a prompt, and computed some of their tokens `again`."""
-        if not (0 < segments < MOST_TOKENS and 0 <= again <= tokens < MOST_TOKENS):
+    def blended(self, process: int, request: str, space: int, passages: int, tokens: int, again: int) -> None:
+        """Note that an engine has used the KV of passages in a prompt, and computed some of their tokens `again`."""
+        if not (0 < passages < MOST_TOKENS and 0 <= again <= tokens < MOST_TOKENS):
             return
         self.blended_requests += 1
         self.blended_tokens += tokens
         self.recomputed_tokens += again
         if self._seen is not None:
             engine, model = self._who(process)
-            found = {SEGMENTS: tokens}
+            found = {PASSAGES: tokens}
             record = Record(
                 *(self.records.count + 1, request, self._wall(), engine, model, space, tokens, self._chunk_tokens),
                 *(0.0, found, {}),
-                blended={"segments": segments, "recomputed": again},
+                blended={"passages": passages, "recomputed": again},
             )
             self.records.add(record)
 

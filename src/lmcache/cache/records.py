@@ -44,7 +44,7 @@ class Record(msgspec.Struct, array_like=True, frozen=True):
     twin: str = ""
     """For `other_identity`: under what the same tokens are stored."""
     blended: dict[str, int] = {}
-    """Not of a lookup, but of segments that were blended into a prompt: how many, and how many of their tokens were computed
+    """Not of a lookup, but of passages that were blended into a prompt: how many, and how many of their tokens were computed
     again. The tokens are missing in the record of the prompt's lookup, since they are no prefix."""
 
     def described(self) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Chunk hashes, which are equal in every process and on every host for equal tokens.
 
 root  = BLAKE3 derive_key("lmcache chunk v1", fingerprint, cache_salt, LoRA name, LoRA content id, each length-prefixed)
-        of a segment: derive_key("lmcache segment v1", the same fields, how its KV was computed)
+        of a passage: derive_key("lmcache passage v1", the same fields, how its KV was computed)
 chunk = first 16 bytes of BLAKE3(parent, token count as u32, token ids as u32, that chunk's extras length-prefixed)
 
 All integers are little-endian. An extra is whatever else changes the KV from that chunk on: a multimodal identifier with its
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the server computes no hashes and does not need NumPy
     Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.int64]
 
 HASH_BYTES = 16
-_ROOT_CONTEXT, _SEGMENT_CONTEXT = "lmcache chunk v1", "lmcache segment v1"
+_ROOT_CONTEXT, _PASSAGE_CONTEXT = "lmcache chunk v1", "lmcache passage v1"
 _U32 = struct.Struct("<I")
 _TYPECODE = "I" if array("I").itemsize == 4 else "L"
 _ENCODED_TOKENS = 4096
@@ -37,16 +37,16 @@ Extras = Callable[[int, int], bytes]
 
 
 def chunk_root(
-    fingerprint: bytes, cache_salt: str = "", lora_name: str = "", lora_id: str = "", segment: str = ""
+    fingerprint: bytes, cache_salt: str = "", lora_name: str = "", lora_id: str = "", passage: str = ""
 ) -> bytes:
     """Return the 16-byte root, which takes the place of the parent of a prompt's first chunk.
 
-    segment: how the KV of a segment was computed; "" for prompts. The chunks of a segment are never those of a prompt."""
+    passage: how the KV of a passage was computed; "" for prompts. The chunks of a passage are never those of a prompt."""
     fields = [fingerprint, _utf8(cache_salt), _utf8(lora_name), _utf8(lora_id)]
-    if segment:
-        fields.append(_utf8(segment))
+    if passage:
+        fields.append(_utf8(passage))
     material = b"".join(_U32.pack(len(field)) + field for field in fields)
-    return blake3(material, derive_key_context=_SEGMENT_CONTEXT if segment else _ROOT_CONTEXT).digest(HASH_BYTES)
+    return blake3(material, derive_key_context=_PASSAGE_CONTEXT if passage else _ROOT_CONTEXT).digest(HASH_BYTES)
 
 
 def split_hashes(hashes: bytes) -> list[bytes]:

@@ -123,8 +123,8 @@ def explained(row: Row) -> Iterator[str]:
     for source, count in row["sources"].items():
         yield f"  {count:>9,} tokens from {_SOURCES.get(source, f'the tier {source}')}"
     if row.get("blended"):
-        segments, again = row["blended"]["segments"], row["blended"]["recomputed"]
-        yield f"  They are of {segments:,} segments that were blended into a prompt; {again:,} of them were computed again."
+        passages, again = row["blended"]["passages"], row["blended"]["recomputed"]
+        yield f"  They are of {passages:,} passages that were blended into a prompt; {again:,} of them were computed again."
     if row["waited_seconds"]:
         yield f"  The lookup waited {row['waited_seconds']:.3f} s."
     for kind, (count, seconds) in row["copies"].items():
@@ -144,7 +144,7 @@ def explained(row: Row) -> Iterator[str]:
 _COPIES = {"load": "loaded", "store": "stored", "failed_load": "could not load (its log says why)"}
 _SOURCES = {
     "engine": "the engine's own prefix cache",
-    "segments": "segments, wherever they stood before",
+    "passages": "passages, wherever they stood before",
     "l1": "L1",
     "other_engine": "another engine, for which the lookup waited",
 }

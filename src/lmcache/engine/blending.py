@@ -1,11 +1,11 @@
-"""Blending: KV of a segment of a prompt is used behind other tokens than those that it was computed behind.
+"""Blending: KV of a passage of a prompt is used behind other tokens than those that it was computed behind.
 
-The KV of a segment depends on what stood before it, so blended KV is an approximation. Some tokens are computed again, over the
+The KV of a passage depends on what stood before it, so blended KV is an approximation. Some tokens are computed again, over the
 blended KV of the others, to come nearer to the exact one. This module decides which; it knows no engine, and no position but
 tokens of the prompt. What is exact: all tokens before the first blended one.
 
 - *gaps* have no KV yet: separators, texts that were not found, and what stands between. They are always computed.
-- *links* are the first tokens of each segment, which attend most to what stands before it.
+- *links* are the first tokens of each passage, which attend most to what stands before it.
 - *chosen* are runs of tokens with the highest scores: those that the question attends to, or those whose keys deviate most.
 """
 
@@ -18,13 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.chunks.segments import Segment, between, cut
+from lmcache.chunks.passages import Passage, between, cut
 from lmcache.errors import ConfigError
 
 DONOR = "donor"
-"""How the KV of a segment was computed: exactly, within another prompt."""
-MOST_SEGMENTS = 64
-"""Segments of one prompt that are looked up: each costs a round trip. Further ones are computed."""
+"""How the KV of a passage was computed: exactly, within another prompt."""
+MOST_PASSAGES = 64
+"""Passages of one prompt that are looked up: each costs a round trip. Further ones are computed."""
 SHORT_GAP_TOKENS = 64
 """Gaps of at most so many tokens are computed once more together with the chosen ones, over KV that is better then."""
 Tokens = npt.NDArray[np.int64]
@@ -35,9 +35,9 @@ Tokens = npt.NDArray[np.int64]
 class Blending:
     """What is blended, and how much of it is computed again. The first three names are those of the public project's settings.
 
-    separator: token ids of the text between segments. min_tokens: shorter segments are computed. recompute_ratio: the share of
-    the blended tokens that is chosen by score. links: how many tokens at the start of each segment are computed again. choose:
-    `query` scores tokens by the attention that the text behind the last segment pays to them, `deviation` by how far their keys
+    separator: token ids of the text between passages. min_tokens: shorter passages are computed. recompute_ratio: the share of
+    the blended tokens that is chosen by score. links: how many tokens at the start of each passage are computed again. choose:
+    `query` scores tokens by the attention that the text behind the last passage pays to them, `deviation` by how far their keys
     at `check_layer` are from the blended ones, `none` chooses no tokens. run: tokens are chosen in runs of so many.
 
     Raises:
@@ -66,11 +66,11 @@ class Blending:
         if self.choose not in ("query", "deviation", "none"):
             raise ConfigError(f"blending: choose is {self.choose!r}; it must be query, deviation or none")
 
-    def segments(self, token_ids: Sequence[int], boundaries: Sequence[int] | None = None) -> tuple[list[Segment], int]:
-        """Return the segments of a prompt that may be blended, and the token at which the text behind the last one begins.
+    def passages(self, token_ids: Sequence[int], boundaries: Sequence[int] | None = None) -> tuple[list[Passage], int]:
+        """Return the passages of a prompt that may be blended, and the token at which the text behind the last one begins.
 
         The text before the first separator is the beginning of the prompt, and the one behind the last is its question: neither
-        is a segment. boundaries: in place of separators, where segments begin, and last where the question does.
+        is a passage. boundaries: in place of separators, where passages begin, and last where the question does.
 
         Raises:
             ValueError: as `cut`.
@@ -79,17 +79,17 @@ class Blending:
         if len(parts) < 2:
             return [], len(token_ids)
         long_enough = [part for part in parts[1:-1] if part.tokens >= self.min_tokens]
-        return long_enough[:MOST_SEGMENTS], parts[-1].start
+        return long_enough[:MOST_PASSAGES], parts[-1].start
 
 
 @dataclass(frozen=True)
 class Blend:
     """What is done for one prompt. have: so many leading tokens have exact KV already. end: where the question begins. blended:
-    the tokens with KV from segments, behind those and in order; at least one."""
+    the tokens with KV from passages, behind those and in order; at least one."""
 
     have: int
     end: int
-    blended: tuple[Segment, ...]
+    blended: tuple[Passage, ...]
     settings: Blending
 
     @property
@@ -103,15 +103,15 @@ class Blend:
         return sum(part.tokens for part in self.blended)
 
     @property
-    def gaps(self) -> list[Segment]:
+    def gaps(self) -> list[Passage]:
         """What has no KV before the question."""
         ends, starts = [self.have, *(part.end for part in self.blended)], [part.start for part in self.blended]
-        gaps = [Segment(*both) for both in zip(ends, [*starts, self.end], strict=True)]
+        gaps = [Passage(*both) for both in zip(ends, [*starts, self.end], strict=True)]
         return [gap for gap in gaps if gap.tokens]
 
     @property
     def links(self) -> Tokens:
-        return _joined([Segment(one.start, min(one.end, one.start + self.settings.links)) for one in self.blended])
+        return _joined([Passage(one.start, min(one.end, one.start + self.settings.links)) for one in self.blended])
 
     def first(self) -> Tokens:
         """Return the tokens that are computed before any are chosen by score: gaps and links."""
@@ -127,13 +127,13 @@ class Blend:
 
     def chosen(self, scores: npt.NDArray[np.float32]) -> Tokens:
         """Return the blended tokens with the highest scores, in runs. scores: of each token before the question."""
-        run, runs, worth = self.settings.run, list[Segment](), list[float]()
+        run, runs, worth = self.settings.run, list[Passage](), list[float]()
         for part in self.blended:
             for start in range(part.start, part.end, run):
-                one = Segment(start, min(part.end, start + run))
+                one = Passage(start, min(part.end, start + run))
                 runs.append(one)
                 worth.append(float(scores[one.start : one.end].mean()))
-        left, taken = int(self.settings.recompute_ratio * self.tokens), list[Segment]()
+        left, taken = int(self.settings.recompute_ratio * self.tokens), list[Passage]()
         for number in np.argsort(-np.nan_to_num(np.asarray(worth)), kind="stable"):
             if runs[number].tokens > left:
                 break
@@ -142,6 +142,6 @@ class Blend:
         return _joined(sorted(taken))
 
 
-def _joined(parts: Sequence[Segment]) -> Tokens:
+def _joined(parts: Sequence[Passage]) -> Tokens:
     ranges: list[Any] = [np.arange(part.start, part.end, dtype=np.int64) for part in parts]
     return np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)

@@ -52,7 +52,7 @@ class Request:
     promised: how many leading chunks, with the tail, other engines may expect to be stored. jobs: running stores, each with the
     number of ranks that have not ended it.
 
-    segment: if the tokens are not a prompt but a segment of one, how its KV is computed (`chunk_root`).
+    passage: if the tokens are not a prompt but a passage of one, how its KV is computed (`chunk_root`).
 
     tail_leaves: how many of the prompt's last tokens its tail leaves out, None for no tail, in an engine that does not store the
     tail of every prompt. stores_tail: whether this engine stores it; else another one does.
@@ -81,7 +81,7 @@ class Request:
     tail_leaves: int | None = None
     stores_tail: bool = False
     trace: str = ""
-    segment: str = ""
+    passage: str = ""
 
     def all_tables(self, groups: int) -> list[list[int]]:
         """Return the block table of each group; empty ones if only the ranks know them."""
@@ -217,12 +217,12 @@ class Requests(Generic[RequestT]):
                 "stores_tail": stores_tail,
                 "tokens": len(tokens),
                 "trace": request.trace,
-                "segment": bool(request.segment),
+                "passage": bool(request.passage),
             }
             if not self._loads:
                 ask = partial(session.poll, loads=False)
             found = ask(chain, have, self.prefill.tokens_per_second, any_split=True, **named)
-        elif chain is not None and len(tokens) and not same and not request.segment:
+        elif chain is not None and len(tokens) and not same and not request.passage:
             session.too_short(len(tokens), str(request.id))
         if isinstance(found, Loading):
             began = request.wait.began if request.wait is not None else now
@@ -252,7 +252,7 @@ class Requests(Generic[RequestT]):
             request.epoch, request.stored, request.tail = session.epoch, 0, b""
             generation = f"\0reset {self._name} {self._generation}\0" if self._generation else ""
             request.chain = session.new_chain(
-                generation + request.salt, *request.adapter, extras=request.extras, segment=request.segment
+                generation + request.salt, *request.adapter, extras=request.extras, passage=request.passage
             )
         return request.chain
 

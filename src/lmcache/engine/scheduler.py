@@ -129,14 +129,14 @@ class SchedulerSession(Session):
         lora_name: str = "",
         lora_id: str = "",
         extras: Extras | None = None,
-        segment: str = "",
+        passage: str = "",
     ) -> TokenChain | None:
         """Return the chain of one prompt, to be extended with its tokens; None, counted as a miss, until a server was reached.
-        segment: as for `chunk_root`, for the chain of a segment."""
+        passage: as for `chunk_root`, for the chain of a passage."""
         if not self._chunk_tokens:
             self.misses["no server" if self.identified else UNKNOWN] += 1
             return None
-        root = chunk_root(self._fingerprint, cache_salt, lora_name, lora_id, segment)
+        root = chunk_root(self._fingerprint, cache_salt, lora_name, lora_id, passage)
         return TokenChain(root, self._chunk_tokens, extras)
 
     def lookup(
@@ -154,7 +154,7 @@ class SchedulerSession(Session):
         stores_tail: bool = True,
         tokens: int = 0,
         trace: str = "",
-        segment: bool = False,
+        passage: bool = False,
     ) -> Hit | None:
         """Poll until tiers have loaded what the server finds worth waiting for, or `wait_seconds` (None: the deadline of a call)
         have passed. Arguments as for `poll`."""
@@ -171,13 +171,13 @@ class SchedulerSession(Session):
                 stores_tail=stores_tail,
                 tokens=tokens,
                 trace=trace,
-                segment=segment,
+                passage=passage,
             )
             if not isinstance(found, Loading):
                 return found
             if self.runtime.now() > end:
                 # Without an id it waits for no other engine, and gets what that has stored so far.
-                found = self.poll(*asked[:4], "", chunks, any_split, again=again, tokens=tokens, segment=segment)
+                found = self.poll(*asked[:4], "", chunks, any_split, again=again, tokens=tokens, passage=passage)
                 if isinstance(found, Loading):
                     return None
                 if request_id and not again:  # or the server would count the request once more when it asks again
@@ -202,7 +202,7 @@ class SchedulerSession(Session):
         loads: bool = True,
         tokens: int = 0,
         trace: str = "",
-        segment: bool = False,
+        passage: bool = False,
     ) -> Hit | Loading | None:
         """Look up which leading chunks of the chain are in L1, and lease those behind the first `skip_tokens` tokens.
 
@@ -215,7 +215,7 @@ class SchedulerSession(Session):
         server has counted an earlier answer to the same request. stores_tail: whether the engine stores the tail, too. loads: if
         false, only announce what the engine will store, and return None.
         tokens: of the complete prompt, for the server's accounts. trace: the request's W3C traceparent, "" if it has none.
-        segment: the chain is that of a segment of a prompt, whose tokens the prompt's own lookup accounts for.
+        passage: the chain is that of a passage of a prompt, whose tokens the prompt's own lookup accounts for.
         """
         if chain.chunk_tokens != self._chunk_tokens:
             return None
@@ -233,8 +233,8 @@ class SchedulerSession(Session):
             request = m.Lookup(
                 *(self._space, hashes, first if loads else len(hashes) // HASH_BYTES, prefill_rate, name, self._others),
                 *(any_split, m.request_name(engine), halts, again, loads),
-                *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, b"" if segment else chain.text),
-                *(trace, segment),
+                *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, b"" if passage else chain.text),
+                *(trace, passage),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:
@@ -312,11 +312,11 @@ class SchedulerSession(Session):
         if self._takes_positions and self._connection.connected:
             self._connection.post(m.Differs(m.request_name(request_id), token))
 
-    def blended(self, request_id: str, segments: int, tokens: int, again: int) -> None:
-        """Report that KV of so many segments was used for a prompt, with so many tokens, of which some were computed again."""
+    def blended(self, request_id: str, passages: int, tokens: int, again: int) -> None:
+        """Report that KV of so many passages was used for a prompt, with so many tokens, of which some were computed again."""
         if self._connection.connected:
             name = m.request_name(request_id)
-            self._connection.post(m.Release([], [name], (self._space, segments, tokens, again)))
+            self._connection.post(m.Release([], [name], (self._space, passages, tokens, again)))
 
     def too_short(self, tokens: int, request_id: str) -> None:
         """Report a prompt that does not fill a chunk, so that the server can account for it. Nothing is looked up."""

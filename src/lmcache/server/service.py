@@ -222,7 +222,7 @@ class Service:
             hashes = self._answerable(peer, request, spaces, first)
         name = m.request_name(request.request)
         asked = peer.process, request.space, hashes, first, name, request.others, request.sisters
-        again = request.segment or not request.loads
+        again = request.passage or not request.loads
         again = again or (request.again and not self.accounts.is_uncounted(peer.process, name))
         hit = None
         if self.tiering is not None and request.loads and any(self.tiering.sources):

@@ -138,8 +138,8 @@ class Lookup(Message, frozen=True, tag=4):
     """A hash of the first chunk's tokens alone, so that the server can tell a new prompt from one of another model or salt."""
     trace: Annotated[str, msgspec.Meta(max_length=128)] = ""
     """The W3C `traceparent` of the request where the engine has one, for spans."""
-    segment: bool = False
-    """Whether the chunks are those of a segment of a prompt. The prompt's own lookup accounts for its tokens, so this one counts
+    passage: bool = False
+    """Whether the chunks are those of a passage of a prompt. The prompt's own lookup accounts for its tokens, so this one counts
     as neither a hit nor a miss."""
 
 
@@ -150,7 +150,7 @@ class Release(Message, frozen=True, tag=5):
     leases: Leases
     requests: Annotated[list[str], msgspec.Meta(max_length=65536)] = []
     blended: tuple[int, int, int, int] | None = None
-    """What was done with segments of the first of the requests: the space, the segments whose KV was used, their tokens, and how
+    """What was done with passages of the first of the requests: the space, the passages whose KV was used, their tokens, and how
     many of these were computed again."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lmcache.chunks.segments import cut
+from lmcache.chunks.passages import cut
 from lmcache.engine import Copy, Request, StorePlan
 from lmcache.engine.blending import Blending
 from lmcache.engine.embedded import EmbeddedServer, embedded_address
@@ -29,8 +29,8 @@ from lmcache.engine.tensors import weights_identity, weights_stamp
 from lmcache.errors import LayoutError
 from lmcache.integration.transformers.blend import Blender, given_blending
 from lmcache.integration.transformers.model import kv_shape, refuse_unsupported, served_kv
+from lmcache.integration.transformers.passages import Passages
 from lmcache.integration.transformers.pool import PLACES, Pool, pooled_layers
-from lmcache.integration.transformers.segments import Segments
 from lmcache.observability.log import init_logger
 from transformers import DynamicCache
 
@@ -94,14 +94,14 @@ def attach(
 @dataclass(frozen=True)
 class _Begun:
     """The prompt of a running `generate`, and the cache that it works with. loaded: its leading tokens that were loaded. states:
-    how many leading tokens are behind the copy of the states in each of the pool's places, ascending. segments: those of the
+    how many leading tokens are behind the copy of the states in each of the pool's places, ascending. passages: those of the
     prompt. exact: if some KV is blended, how many leading tokens have exact KV; only these are stored."""
 
     request: Request
     cache: DynamicCache
     loaded: int = 0
     states: list[int] = field(default_factory=list)
-    segments: Segments | None = None
+    passages: Passages | None = None
     exact: int | None = None
 
 
@@ -122,7 +122,7 @@ class Attached:
         self.hit_tokens = self.stored_tokens = 0
         """How many tokens were loaded from the cache so far, and how many were stored in it."""
         self.blended_requests = self.blended_tokens = self.recomputed_tokens = 0
-        """In how many prompts segments were blended, how many tokens these had, and how many of them were computed again."""
+        """In how many prompts passages were blended, how many tokens these had, and how many of them were computed again."""
         self._model, self._generate, self._endpoint = model, model.generate, endpoint
         self._model_id, self._salt, self._own = model_id, cache_salt, own
         self._rank: LocalRank[Request] | None = None
@@ -148,7 +148,7 @@ class Attached:
     def generate(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
         """Call the model's own `generate` with these arguments, and with KV from LMCache where possible. Return its answer.
 
-        blend_boundaries: a further option, in place of separators: the tokens at which segments begin, and last the one at which
+        blend_boundaries: a further option, in place of separators: the tokens at which passages begin, and last the one at which
         the question does. Without blending it has no effect."""
         boundaries = options.pop("blend_boundaries", None)
         ids: Any = inputs if inputs is not None else options.get("input_ids")
@@ -239,26 +239,26 @@ class Attached:
     def _blend(
         self, blender: Blender, begun: _Begun, ids: torch.Tensor, tokens: list[int], boundaries: Sequence[int] | None
     ) -> _Begun:
-        """Blend segments into the prompt. Return where `generate` goes on; what was begun, if nothing is blended."""
+        """Blend passages into the prompt. Return where `generate` goes on; what was begun, if nothing is blended."""
         rank, pool, blend = self._rank, self._pool, None
         assert rank is not None and pool is not None
         try:
-            segments = Segments(blender, rank, pool, ids, tokens, boundaries, self._salt)
-            blend = segments.load(begun.loaded, self._endpoint.deadline_seconds)
+            passages = Passages(blender, rank, pool, ids, tokens, boundaries, self._salt)
+            blend = passages.load(begun.loaded, self._endpoint.deadline_seconds)
             if blend is None:
-                return replace(begun, segments=segments)
-            again = segments.compute(blend)
+                return replace(begun, passages=passages)
+            again = passages.compute(blend)
         except (*NOT_SERVED, RuntimeError) as error:  # also of PyTorch, such as too little memory
             self._blender, self.blending_refusal = None, str(error) or type(error).__name__
             logger.warning("Nothing is blended any more: %s", self.blending_refusal)
             return begun
         self.blended_requests += 1
-        loaded = sum(one.tokens for one in segments.loaded)
+        loaded = sum(one.tokens for one in passages.loaded)
         self.blended_tokens += loaded
         self.recomputed_tokens += again
-        rank.scheduler.blended("", len(segments.loaded), loaded, again)
+        rank.scheduler.blended("", len(passages.loaded), loaded, again)
         cache = pool.cache(blend.end, self._step)
-        return replace(begun, cache=cache, segments=segments, exact=blend.exact)
+        return replace(begun, cache=cache, passages=passages, exact=blend.exact)
 
     def _made_blender(self, blending: Blending) -> Blender | None:
         try:
@@ -340,8 +340,8 @@ class Attached:
             if plan is not None:
                 first, *others = pool.tables(place)
                 rank.copies.store(plan, first, after=stream_point(str(self._shape.device)), others=others)
-        if begun.segments is not None:
-            begun.segments.store(filled)
+        if begun.passages is not None:
+            begun.passages.store(filled)
 
     def _ready(self, room: int) -> bool:
         """Make ready for a prompt and its answer of together `room` tokens. Return False if `generate` must run without LMCache.

@@ -1,6 +1,6 @@
-"""Blending in a Transformers model: segments are turned to their places in the prompt, and some tokens are computed again.
+"""Blending in a Transformers model: passages are turned to their places in the prompt, and some tokens are computed again.
 
-All of this happens in the pool before `generate` begins, which then goes on behind the last segment as behind a prefix. The
+All of this happens in the pool before `generate` begins, which then goes on behind the last passage as behind a prefix. The
 model's own forward computes the tokens, with a mask that says which tokens each of them sees, and with a cache that puts their
 KV at their places in the pool.
 """
@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from lmcache.chunks.segments import Segment
+from lmcache.chunks.passages import Passage
 from lmcache.config.engine import load_blending
 from lmcache.engine.blending import Blend, Blending, Tokens
 from lmcache.engine.served import NOT_SERVED
@@ -34,7 +34,7 @@ _MASK_ELEMENTS, _MOST_AT_ONCE = 1 << 26, 1024
 """Bounds of a forward: tokens, and its mask. A forward over more tokens is made in several."""
 _SCORE_ELEMENTS = 1 << 25
 _APART_AT_ONCE = 512
-"""Tokens of a segment that are computed apart in one forward."""
+"""Tokens of a passage that are computed apart in one forward."""
 _ATTENTIONS = "sdpa", "eager"
 
 
@@ -66,7 +66,7 @@ def given_blending(model: Any, enabled: bool | None, tokenizer: Any) -> Blending
 
 
 class Blender:
-    """Blends segments into the prompts of one model.
+    """Blends passages into the prompts of one model.
 
     Raises:
         LayoutError: the KV of this model cannot be blended; the message says why.
@@ -83,32 +83,32 @@ class Blender:
             raise LayoutError(f"check_layer is {settings.check_layer}, and the model has {len(self.turns)} layers")
         self._model, self._shape = model, shape
 
-    # Segments apart from the prompt
+    # Passages apart from the prompt
 
-    def set_apart(self, pool: Pool, segment: Segment, place: int) -> None:
-        """Copy a segment of the sequence to `place` in the room apart, with its keys as if its first token had position 0."""
-        self._move(pool, segment.start, segment.start, pool.tokens + place, 0, segment.tokens)
+    def set_apart(self, pool: Pool, passage: Passage, place: int) -> None:
+        """Copy a passage of the sequence to `place` in the room apart, with its keys as if its first token had position 0."""
+        self._move(pool, passage.start, passage.start, pool.tokens + place, 0, passage.tokens)
 
-    def put(self, pool: Pool, segment: Segment, place: int, first: int) -> None:
-        """Copy tokens of a segment, from its token number `first` on, from `place` in the room apart to tokens `segment`."""
-        self._move(pool, pool.tokens + place + first, first, segment.start, segment.start, segment.tokens)
+    def put(self, pool: Pool, passage: Passage, place: int, first: int) -> None:
+        """Copy tokens of a passage, from its token number `first` on, from `place` in the room apart to tokens `passage`."""
+        self._move(pool, pool.tokens + place + first, first, passage.start, passage.start, passage.tokens)
 
-    def compute_apart(self, pool: Pool, ids: torch.Tensor, segment: Segment, place: int, behind: Segment) -> None:
-        """Compute a segment at `place` in the room apart as if it stood right behind the first tokens of the sequence, up to
+    def compute_apart(self, pool: Pool, ids: torch.Tensor, passage: Passage, place: int, behind: Passage) -> None:
+        """Compute a passage at `place` in the room apart as if it stood right behind the first tokens of the sequence, up to
         `behind.end`, of which those from `behind.start` on are computed, too. Its keys are then those of positions from 0 on."""
         self._compute(pool, ids, np.arange(*behind, dtype=np.int64))
         source = pool.tokens + place
-        for first in range(0, segment.tokens, _APART_AT_ONCE):
-            count = min(_APART_AT_ONCE, segment.tokens - first)
+        for first in range(0, passage.tokens, _APART_AT_ONCE):
+            count = min(_APART_AT_ONCE, passage.tokens - first)
             cache = DynamicCache(config=self._shape.config)
             for number, layer in enumerate(self._shape.kinds[0].layers):
                 kv = pool.kv(number)
                 before, own = kv[:, :, : behind.end], kv[:, :, source : source + first + count]
                 cache.layers[layer] = _Behind(before, own, count)
             places = behind.end + first + torch.arange(count, device=self._shape.device)
-            begin = segment.start + first
+            begin = passage.start + first
             self._run(ids[:, begin : begin + count], places, behind.end + first + count, cache)
-        self._move(pool, source, behind.end, source, 0, segment.tokens)
+        self._move(pool, source, behind.end, source, 0, passage.tokens)
 
     def _move(self, pool: Pool, source: int, come: int, target: int, go: int, tokens: int) -> None:
         """Copy KV within the pool, with keys at positions from `come` on turned to positions from `go` on."""

@@ -185,7 +185,7 @@ class Pool:
     """Memory for the KV of `tokens` tokens (rounded up to complete blocks), for each kind [layer][K, V][head][token][head size],
     and for `PLACES` copies of the states, for each kind [layer][place][bytes].
 
-    apart: more tokens, behind those of the sequence, for segments whose KV is not where it is used.
+    apart: more tokens, behind those of the sequence, for passages whose KV is not where it is used.
 
     Attention reads this order of KV fastest: on a CPU a step of one token after 4,096 takes 21 ms, and 25 ms with the order
     [token][head].
@@ -224,7 +224,7 @@ class Pool:
         return [*(self._blocks for _ in self._memory), *(states for _ in self._states)]
 
     def apart(self, place: int) -> list[int]:
-        """Return the block table of a segment that lies from token `place` of the room apart on, a multiple of the block size."""
+        """Return the block table of a passage that lies from token `place` of the room apart on, a multiple of the block size."""
         return self._blocks[(self.tokens + place) // BLOCK_TOKENS :]
 
     def kv(self, layer: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Segments: the texts of a prompt between separators, which may stand anywhere in other prompts.
+"""Passages: the texts of a prompt between separators, which may stand anywhere in other prompts.
 
-A segment has a chain of its own, from a root of its own (`chunk_root(..., segment=...)`), so its chunks are ordinary chunks that
-no prompt can hit. The name of a segment depends on its tokens and not on its place.
+A passage has a chain of its own, from a root of its own (`chunk_root(..., passage=...)`), so its chunks are ordinary chunks that
+no prompt can hit. The name of a passage depends on its tokens and not on its place.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 
-class Segment(NamedTuple):
+class Passage(NamedTuple):
     """Tokens [start, end) of a prompt."""
 
     start: int
@@ -22,9 +22,9 @@ class Segment(NamedTuple):
         return self.end - self.start
 
 
-def between(token_ids: Sequence[int], separator: Sequence[int]) -> list[Segment]:
+def between(token_ids: Sequence[int], separator: Sequence[int]) -> list[Passage]:
     """Return the texts between separators, in order, with what stands before the first one and behind the last one. Each may be
-    empty. The separators themselves belong to no segment. An empty separator separates nothing."""
+    empty. The separators themselves belong to no passage. An empty separator separates nothing."""
     found, start, width = [], 0, len(separator)
     wanted, at = list(separator), -1
     while width:
@@ -33,12 +33,12 @@ def between(token_ids: Sequence[int], separator: Sequence[int]) -> list[Segment]
         except ValueError:
             break
         if list(token_ids[at : at + width]) == wanted:
-            found.append(Segment(start, at))
+            found.append(Passage(start, at))
             start, at = at + width, at + width - 1
-    return [*found, Segment(start, len(token_ids))]
+    return [*found, Passage(start, len(token_ids))]
 
 
-def cut(tokens: int, boundaries: Sequence[int]) -> list[Segment]:
+def cut(tokens: int, boundaries: Sequence[int]) -> list[Passage]:
     """Return the parts of a prompt of so many tokens that begin at 0 and at each of these boundaries.
 
     Raises:
@@ -47,4 +47,4 @@ def cut(tokens: int, boundaries: Sequence[int]) -> list[Segment]:
     ends = [0, *boundaries, tokens]
     if any(first > second for first, second in pairwise(ends)):
         raise ValueError(f"boundaries {list(boundaries)[:20]} must ascend from 0 to the prompt's {tokens} tokens")
-    return [Segment(*both) for both in pairwise(ends)]
+    return [Passage(*both) for both in pairwise(ends)]
