@@ -29,7 +29,7 @@ from lmcache.server.metrics import HELP, LABELS
 from lmcache.server.refused import EXPLAINED, Reason
 from lmcache.server.tier_report import TierReport
 from lmcache.tiers import Usage, filesystem, frame
-from lmcache.tiers.redis import resp
+from lmcache.tiers.redis import remedies
 from pages import DOCS, ROOT
 from servers import Server
 
@@ -75,7 +75,7 @@ def test_every_command_and_route_is_there(pages: dict[str, str]) -> None:
     assert len(routes) >= 13
     for path, methods, caller, text in routes:
         assert text, f"{path}: its method needs a docstring, which is its documentation"
-        assert caller in ("", READS, CHANGES) and (caller == CHANGES) == (methods == ["POST"])
+        assert caller in ("", READS, CHANGES) and (caller == CHANGES) == (methods != ["GET"])
         assert f"| `{methods[0]} {path}` |" in pages["reference/http.md"]
     guarded = {path for path, _, caller, _ in routes if caller}
     assert guarded >= {"/status", "/requests", "/config", "/history", "/fetches", "/cache/clear"}
@@ -97,7 +97,11 @@ def test_the_labels_of_a_real_server_are_those_of_the_table(
     with urllib.request.urlopen(f"http://127.0.0.1:{cache.http_port}/metrics") as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     seen = {
-        sample.name.removeprefix("lmcache_"): tuple(sorted(sample.labels)) for one in families for sample in one.samples
+        (one.name if one.type == "histogram" else sample.name).removeprefix("lmcache_"): tuple(
+            sorted(sample.labels.keys() - {"le"})
+        )
+        for one in families
+        for sample in one.samples
     }
     own = {name: labels for name, labels in seen.items() if name in HELP}
     assert len(own) > 50
@@ -108,10 +112,12 @@ def test_the_labels_of_a_real_server_are_those_of_the_table(
 def test_answers_that_come_late_are_counted_for_their_tier() -> None:
     """The counters of fetches know tiers by number, the metrics by name."""
     runner = MagicMock(counters=Counter(), queue=MagicMock(counters=Counter(), queued_bytes=0))
+    runner.number, runner.coder = 0, None
     runner.name, runner.state.return_value, runner.usage.return_value = "far", ("serving", ""), Usage(0, 0, None)
     pace = SimpleNamespace(bytes_per_second=None, ask_seconds=None)
     counters = Counter({"late_answers:0": 3, "too_many": 2, "fetches": 7, "fetches:late": 4})
-    report = TierReport(lambda: 0.0, [runner], MagicMock(counters=counters, open=0, last=None, paces=[pace]), 16)
+    fetches = MagicMock(counters=counters, open=0, last=None, paces={0: pace})
+    report = TierReport(lambda: 0.0, [runner], [], fetches, {0: "far"}, 16)
     found = report.counters()
     assert found['fetched_chunks_late_answers_total{tier="far"}'] == 3 and found["fetched_chunks_too_many_total"] == 2
     names = {re.sub(r"\{.*", "", name): tuple(re.findall(r'(\w+)="', name)) for name in found}
@@ -147,7 +153,9 @@ def test_every_reason_that_is_counted_is_explained() -> None:
 
 def test_the_tables_of_reasons_are_explained() -> None:
     assert {reason for reason, _ in filesystem._REASONS.values()} <= set(TIER_FAILED)
-    assert {reason for reason, _ in resp._REMEDIES.values()} <= set(TIER_FAILED)
+    assert {*(reason for reason, _ in remedies._ERRORS.values()), *(reason for _, reason, _ in remedies._TEXTS)} <= set(
+        TIER_FAILED
+    )
     assert set(frame.DAMAGE) <= set(LOSSES["tier_missed_total"])
 
 

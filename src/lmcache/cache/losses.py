@@ -119,6 +119,11 @@ TIER_MISSED: dict[str, Reason] = {
         "Bytes have changed, or the `key_file` is another one.",
         "Check disk, network and key file.",
     ),
+    "written by a newer version": Reason(
+        "The frame has a codec that this release does not know.",
+        "Upgrade this server, or set `codec=none` on the other one.",
+    ),
+    "undecodable": Reason("The checksum of the frame is right, but its codec cannot decode it.", "Please report it."),
     "truncated": Reason("The end of the frame is missing.", "Check the disk and whether the store was full."),
     "unreadable": Reason(
         "The device failed to read this frame.", "Look in the kernel's log (`dmesg`), and replace the disk."
@@ -165,6 +170,10 @@ TIER_FAILED: dict[str, Reason] = {
     "holes": Reason("The file system cannot free parts of a file.", "Use another file system, or dir://."),
     "protocol": Reason("The answer was not one of this kind of store.", "Check that the URL names the right service."),
     "not ready": Reason("The store is starting or has no primary.", "Nothing: the server tries again."),
+    "busy": Reason(
+        "The store has no connection left.", "Lower `connections=` in the tier's URL, or raise the store's limit."
+    ),
+    "no client": Reason("The client process of Mooncake could not be started or has ended.", "The log says why."),
     "no bucket": Reason("The S3 bucket does not exist.", "Create it."),
     "slow down": Reason(
         "S3 asked for fewer requests.", "Nothing, if it is rare; a larger --chunk-size makes fewer objects."

@@ -299,9 +299,11 @@ class HttpEndpoint:
         return _json({"status": "ok", **details} if tiers else {"status": "ok"})  # exactly the documented answer
 
     async def _tiers(self, request: Request) -> Response:
+        """List the tiers, nearest first, with their states."""
         return _json(await _ask(self._control.tiers))
 
     async def _add_tier(self, request: Request) -> Response:
+        """Add the tier of `{"url": "disk:///path?max_gb=200", "before": "NAME"}`; without `before` it is the farthest."""
         try:
             given = await _object(request, {"url": str, "before": str})
             if not given.get("url"):
@@ -313,6 +315,7 @@ class HttpEndpoint:
         return _json({"status": "ok", **answer})
 
     async def _remove_tier(self, request: Request) -> Response:
+        """Remove a tier once its queued writes have ended, for at most `?drain_seconds=` seconds. What it stores stays there."""
         name, text = request.path_params["name"], request.query_params.get("drain_seconds")
         try:
             seconds = None if text is None else float(text)
@@ -328,6 +331,7 @@ class HttpEndpoint:
         return _json({"status": "ok", **answer}, 202 if answer.get("state") == "leaving" else 200)
 
     async def _pause_tier(self, request: Request) -> Response:
+        """Ask a tier nothing and write nothing to it (`pause`), until `resume`."""
         name, action = request.path_params["name"], request.path_params["action"]
         if action not in ("pause", "resume"):
             return _json({"status": "error", "reason": "there is POST /tiers/NAME/pause and /tiers/NAME/resume"}, 404)

@@ -142,6 +142,8 @@ LABELS: dict[str, tuple[str, ...]] = {
     "tier_load_bytes_per_second": ("tier",),
     "tier_ask_seconds": ("tier",),
     "tier_loaded_shards_total": ("tier",),
+    "tier_encoded_bytes_total": ("tier",),
+    "tier_encoded_stored_bytes_total": ("tier",),
     "tier_loaded_bytes_total": ("tier",),
     "tier_missed_total": ("tier", "reason"),
     "tier_kept_shards_total": ("tier",),
