@@ -49,7 +49,7 @@ EARLIER_FLAGS: tuple[EarlierFlag, ...] = (
     *_no_effect(
         "--engine-type --enable-segmented-prefix --enable-dedup-content --enable-blend-reorder --enable "
         "--separate-object-groups",
-        "prefixes are reused, nothing else, and models with several kinds of KV need no switch",
+        "the server needs no switch for these: blending is a setting of engines (docs/blending.md)",
     ),
     *_no_effect(
         "--supported-transfer-mode", "engines on this host copy by themselves, others get payload frames; each finds out"
