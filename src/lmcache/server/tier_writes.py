@@ -55,6 +55,8 @@ class Writes:
     ) -> None:
         self._loop, self._l1, self._runners, self._fetches, self._report = loop, l1, runners, fetches, report
         self._leaving = leaving
+        self.choosy: list[tuple[TierRunner, Touches]] = []
+        """Tiers that are given only what is wanted a second time, and what they have been offered."""
         self.nearly_full: list[TierRunner] = []
         """Tiers that evict soon, by the time of last use."""
         self._used, self._used_until = set[tuple[int, bytes]](), 0.0
@@ -71,10 +73,9 @@ class Writes:
         self._l1.events.listen(["stored"], self._stored)
         self._l1.events.listen(["cleared"], self._l1_cleared, named=False)
 
-    @property
-    def choosy(self) -> list[tuple[TierRunner, Touches]]:
-        """Tiers that are given only what is wanted a second time, and what they have been offered."""
-        return [(one, one.touches) for one in self._runners if one.touches is not None]
+    def tiers_changed(self) -> None:
+        """Note that a tier has come or gone."""
+        self.choosy = [(one, one.touches) for one in self._runners if one.touches is not None]
 
     @property
     def _all(self) -> list[TierRunner]:

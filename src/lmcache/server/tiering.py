@@ -127,6 +127,7 @@ class Tiering:
             del self.names[next(number for number in self.names if number not in self._by_number)]
         self.report.joined(runner)
         self.runners.insert(len(self.runners) if place is None else place, runner)
+        self.writes.tiers_changed()
         self._earlier_ends.forget()
         for listener in self.on_join:
             listener(runner)
@@ -134,6 +135,7 @@ class Tiering:
     def leave(self, runner: TierRunner) -> None:
         """Let lookups and new writes ignore this tier from now on. What is queued for it is written until `let_go_of`."""
         self.runners.remove(runner)
+        self.writes.tiers_changed()
         self.leaving.append(runner)
         runner.queue.make_all_ready()
         self.writes.nearly_full = [one for one in self.writes.nearly_full if one is not runner]
