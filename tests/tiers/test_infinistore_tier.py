@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import socket
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from lmcache.errors import ConfigError
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, TierError, frame
 from lmcache.tiers.infinistore.tier import MOST_BYTES, PART_BYTES, TOO_LARGE, InfiniStoreTier, Marker
+from lmcache.tiers.infinistore.wire import Connection
 from lmcache.tiers.registry import make_tier
 from ports import free_port
 from proxy import Proxy
@@ -270,3 +272,17 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             make_tier(url)
+
+
+def test_a_server_that_sends_without_end_holds_nobody_up() -> None:
+    """On a connection that was given up: the next call forgets what has arrived there."""
+    connection, reads = Connection.__new__(Connection), []
+
+    class Endless(socket.socket):
+        def recv_into(self, buffer: Any, *_: Any) -> int:
+            reads.append(len(buffer))
+            assert sum(reads) < 1 << 30, "it reads for ever"
+            return len(buffer)
+
+    with Endless() as connection._socket:
+        assert connection.forget() and sum(reads) < 64 * MIB
