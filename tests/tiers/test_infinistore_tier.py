@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lmcache.errors import ConfigError
-from lmcache.tiers import ABSENT, KEPT, OK, Shard, TierError, frame
+from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, TierError, frame
 from lmcache.tiers.infinistore.tier import MOST_BYTES, PART_BYTES, TOO_LARGE, InfiniStoreTier, Marker
 from lmcache.tiers.infinistore.wire import Connection
 from lmcache.tiers.registry import make_tier
@@ -179,6 +179,21 @@ def test_clear_takes_what_is_known_and_says_so(
     tier.clear()
     assert tier.contains([one.key for one in [*mine, *theirs]]) == [False] * 600 + [True] * 3
     assert "600 shards that this server has stored or read were removed, those of other servers" in caplog.text
+
+
+def test_usage_waits_for_no_clear(infinistore: InfiniStoreServer, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's loop asks for it again and again, and a clear may go through a million keys."""
+    tier, shards, free = opened(infinistore, prefix), shards_of(3, 1000), []
+    assert tier.store(shards) == [OK] * 3
+    unpack = ShardKey.unpack
+
+    def look(packed: bytes) -> ShardKey:
+        free.append(not tier._noted._lock.locked())
+        return unpack(packed)
+
+    monkeypatch.setattr(ShardKey, "unpack", look)
+    tier.clear()
+    assert free == [True] * 3 and load(tier, shards) == [ABSENT] * 3
 
 
 def test_nobody_there_a_frozen_server_and_one_that_restarts(own_infinistore: InfiniStoreServer, prefix: str) -> None:
