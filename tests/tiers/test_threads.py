@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -130,3 +131,23 @@ def test_a_load_with_an_error_that_nobody_foresaw_ends_after_all_of_its_threads(
         returned.set()
         tier.close()
     assert too_late and not any(too_late)
+
+
+class Panic(BaseException):
+    """What libraries in Rust raise for a bug of theirs is no Exception."""
+
+
+def test_a_library_that_panics_fails_its_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation without an end would keep its memory, and the tier from being asked anything new."""
+    loop, ended = Loop(), queue.SimpleQueue[Exception | None]()
+    tier = DiskTier(tmp_path / "tier", 64 << 20)
+
+    def load(keys: object, into: object) -> list[str]:
+        raise Panic("out of range")
+
+    monkeypatch.setattr(tier, "load", load)
+    adapter = BlockingAdapter(tier, "disk", loop.executor, loop.now)
+    adapter.submit(Load(0.0, lambda result, error: ended.put(error), [shard_key(1)], [memoryview(bytearray(10))]))
+    error = ended.get(timeout=PATIENCE)
+    assert isinstance(error, RuntimeError) and str(error) == "Panic: out of range"
+    loop.close()

@@ -48,12 +48,12 @@ class StripedTier(Tier):
                 part.dropped = self._tell if self.dropped else None
                 part.open()
                 opened.append(part)
-        except TierError:
+            devices = [os.stat(folder).st_dev for folder in self._folders]
+        except BaseException:
             for part in opened:
                 part.close()
             pool.shutdown()
             raise
-        devices = [os.stat(folder).st_dev for folder in self._folders]
         for number, device in enumerate(devices):
             if device in devices[:number]:
                 other = self._folders[devices.index(device)]
