@@ -169,8 +169,11 @@ class Connection:
         """Return the next reply, errors included."""
         self.flush()
         kind, rest = self._line()
-        self._memory_left = (self._memory_left if depth else _MOST_MEMORY) - len(rest) - _ITEM_BYTES
-        if self._memory_left < 0:
+        if not depth:
+            self._memory_left = _MOST_MEMORY
+        elif (left := self._memory_left - len(rest) - _ITEM_BYTES) >= 0:
+            self._memory_left = left
+        else:
             raise self._nonsense(kind + rest)
         if kind == b"+":
             return rest
