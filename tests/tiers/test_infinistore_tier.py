@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import select
 import socket
 import uuid
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from lmcache.errors import ConfigError
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, TierError, frame
 from lmcache.tiers.infinistore.tier import MOST_BYTES, PART_BYTES, TOO_LARGE, InfiniStoreTier, Marker
-from lmcache.tiers.infinistore.wire import Connection
+from lmcache.tiers.infinistore.wire import Connection, Connections
 from lmcache.tiers.registry import make_tier
 from ports import free_port
 from proxy import Proxy
@@ -301,3 +302,19 @@ def test_a_server_that_sends_without_end_holds_nobody_up() -> None:
 
     with Endless() as connection._socket:
         assert connection.forget() and sum(reads) < 64 * MIB
+
+
+def test_after_a_failure_no_idle_connection_is_used() -> None:
+    """The host may have vanished without a word, and each of them would wait for the time-out."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = Connections("127.0.0.1", listener.getsockname()[1], 4)
+        with connections.lend(PATIENCE), connections.lend(PATIENCE):
+            ends = [listener.accept()[0] for _ in range(2)]
+        with pytest.raises(TierError), connections.lend(PATIENCE):
+            raise TierError("timeout", "no answer")
+        # the one that failed stays open for a while
+        closed, _, _ = select.select(ends, [], [], PATIENCE)
+        assert [one.recv(1) for one in closed] == [b""]
+        connections.close()
+        for one in ends:
+            one.close()

@@ -201,7 +201,8 @@ class Connections:
 
     @contextlib.contextmanager
     def lend(self, seconds: float) -> Iterator[Connection]:
-        """Lend a connection for one conversation of so many seconds. It is reused unless an exception is raised."""
+        """Lend a connection for one conversation of so many seconds. It is reused unless an exception is raised. Then the idle
+        ones are closed: where a host has vanished, each of them would wait for the time-out once."""
         deadline = time.monotonic() + seconds
         self._look_after_parked()
         if not self._free.acquire(timeout=seconds):
@@ -212,18 +213,22 @@ class Connections:
                 yield found
             except BaseException:
                 self._parked.append((time.monotonic() + _PARKED_SECONDS, found))
+                self._close_idle()
                 raise
             self._idle.append(found)
         finally:
             self._free.release()
 
     def close(self) -> None:
-        while self._idle:
-            with contextlib.suppress(IndexError):
-                self._idle.pop().close()
+        self._close_idle()
         with contextlib.suppress(IndexError):
             while True:
                 self._parked.pop()[1].close()
+
+    def _close_idle(self) -> None:
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread has taken it
+                self._idle.pop().close()
 
     def _look_after_parked(self) -> None:
         """Close connections on which nothing can come any more, or which have waited for long enough."""
