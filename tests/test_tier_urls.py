@@ -98,7 +98,13 @@ def test_nobody_sees_a_secret() -> None:
         ("no url", "write a URL such as disk:"),
         ("user:hunter2@host", "write a URL such as disk:"),
         ("Disk:///a", "write a URL such as disk:"),
-        ("redis://h:port/0", "[Pp]ort"),
+        ("redis://h:port/0", "the port must be a number up to 65535"),
+        ("redis://h:99999/0", "the port must be a number up to 65535"),
+        ("redis://[::1:6379/0", "an IPv6 address in brackets"),
+        ("redis://:hunter/2@h:6379/0", "in a password write / as %2F"),
+        ("redis://:12/hunter@h:6379/0", "in a password write / as %2F"),
+        ("redis://user:hunter#2@h:6379/0", "# as %23"),
+        ("redis://user:12#hunter@h:6379/0", "# as %23"),
         ("disk:///a?max_gb=1&max_gb=2", "given twice"),
         ("redis://:${NOPE_NOT_SET}@h", r"\$\{NOPE_NOT_SET\} is not set: export NOPE_NOT_SET"),
         ("disk:///a?max_gb=many", "max_gb=many: max_gb: must be a number from 0.001"),
@@ -204,6 +210,7 @@ def options_on(page: Path) -> set[str]:
         ('{"type": "fs", "base_path": "/data/kv"}', "disk:///data/kv"),
         ('{"type": "fs_native", "base_path": "/d", "max_capacity_gb": 20}', "disk:///d?max_gb=20"),
         ('{"type": "resp", "host": "h"}', "redis://h:6379/0"),
+        ('{"type": "resp", "host": "::1"}', "redis://[::1]:6379/0"),
         (
             '{"type": "redis", "host": "h", "port": 7, "username": "u", "password": "${PW}", "max_capacity_gb": 2}',
             "redis://u:${PW}@h:7/0?max_gb=2",
@@ -251,11 +258,16 @@ def test_the_json_spelling(text: str, url: str) -> None:
             '{"type": "fs", "base_path": "/d", "shards": 3}',
             r"fs does not support 'shards'; write it as --l2 disk:///d\?",
         ),
+        (
+            '{"type": "redis", "host": "h", "username": "u", "password": "hunter/2", "shards": 3}',
+            r"redis does not support 'shards'; write it as --l2 redis://\.\.\.@h:6379/0\?",
+        ),
     ],
 )
 def test_json_that_cannot_be_understood(text: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said) as caught:
         url_of_adapter(text)
+    assert "hunter" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import select
+import socket
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +12,9 @@ from typing import Any
 import pytest
 
 from lmcache.errors import ConfigError
-from lmcache.tiers import ABSENT, KEPT, OK, Shard, TierError, frame
+from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, TierError, frame
 from lmcache.tiers.infinistore.tier import MOST_BYTES, PART_BYTES, TOO_LARGE, InfiniStoreTier, Marker
+from lmcache.tiers.infinistore.wire import Connection, Connections
 from lmcache.tiers.registry import make_tier
 from ports import free_port
 from proxy import Proxy
@@ -179,6 +182,21 @@ def test_clear_takes_what_is_known_and_says_so(
     assert "600 shards that this server has stored or read were removed, those of other servers" in caplog.text
 
 
+def test_usage_waits_for_no_clear(infinistore: InfiniStoreServer, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's loop asks for it again and again, and a clear may go through a million keys."""
+    tier, shards, free = opened(infinistore, prefix), shards_of(3, 1000), []
+    assert tier.store(shards) == [OK] * 3
+    unpack = ShardKey.unpack
+
+    def look(packed: bytes) -> ShardKey:
+        free.append(not tier._noted._lock.locked())
+        return unpack(packed)
+
+    monkeypatch.setattr(ShardKey, "unpack", look)
+    tier.clear()
+    assert free == [True] * 3 and load(tier, shards) == [ABSENT] * 3
+
+
 def test_nobody_there_a_frozen_server_and_one_that_restarts(own_infinistore: InfiniStoreServer, prefix: str) -> None:
     server = own_infinistore
     gone = make_tier(f"infinistore://127.0.0.1:{free_port()}").tier
@@ -270,3 +288,33 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             make_tier(url)
+
+
+def test_a_server_that_sends_without_end_holds_nobody_up() -> None:
+    """On a connection that was given up: the next call forgets what has arrived there."""
+    connection, reads = Connection.__new__(Connection), []
+
+    class Endless(socket.socket):
+        def recv_into(self, buffer: Any, *_: Any) -> int:
+            reads.append(len(buffer))
+            assert sum(reads) < 1 << 30, "it reads for ever"
+            return len(buffer)
+
+    with Endless() as connection._socket:
+        assert connection.forget() and sum(reads) < 64 * MIB
+
+
+def test_after_a_failure_no_idle_connection_is_used() -> None:
+    """The host may have vanished without a word, and each of them would wait for the time-out."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = Connections("127.0.0.1", listener.getsockname()[1], 4)
+        with connections.lend(PATIENCE), connections.lend(PATIENCE):
+            ends = [listener.accept()[0] for _ in range(2)]
+        with pytest.raises(TierError), connections.lend(PATIENCE):
+            raise TierError("timeout", "no answer")
+        # the one that failed stays open for a while
+        closed, _, _ = select.select(ends, [], [], PATIENCE)
+        assert [one.recv(1) for one in closed] == [b""]
+        connections.close()
+        for one in ends:
+            one.close()

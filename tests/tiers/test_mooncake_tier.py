@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lmcache.errors import ConfigError
@@ -391,3 +392,32 @@ def test_a_size_that_was_read_halfway_is_no_value(mooncake: Store, opened: Any) 
     shorter = Shard(shard.key, shard.parent, shard.payload[:100])
     tier.store([shard])
     assert load(tier, [shorter]) == [frame.OTHER_SIZE]
+
+
+def test_bytes_that_the_store_writes_late_are_not_stored_as_right(
+    mooncake: Store, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a lane, which is another call's already: between the copy and its checksum."""
+    tier, (shard,) = opened(mooncake[0].url()), shards_of(1, MIB)
+    copy = np.copyto
+
+    def and_damage(written: Any, read: Any) -> None:
+        copy(written, read)
+        written[-1] ^= 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "copyto", and_damage)
+        tier.store([shard])
+    assert load(tier, [shard]) == [frame.CHECKSUM] and load(tier, [shard]) == [ABSENT]
+
+
+def test_the_client_runs_nothing_that_lies_in_the_working_directory(
+    mooncake: Store, opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may have written there, as in /tmp."""
+    for name in ("lmcache", "mmap", "ctypes"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    (shard,) = shards_of(1, 1000)
+    assert opened(mooncake[0].url()).store([shard]) == [OK]
+    assert not (tmp_path / "ran").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from lmcache.tiers.registry import make_tier
 from lmcache.tiers.url import parse_url
 from ports import free_port
 from servers import eventually
-from stores import RedisServer, Sentinel, binary_of, load, shards_of, tier_of
+from stores import RedisServer, Sentinel, binary_of, freeze, load, shards_of, tier_of
 
 pytestmark = pytest.mark.xdist_group("redis")
 MIB = 1 << 20
@@ -94,6 +96,80 @@ def test_what_is_wrong_with_sentinels_is_named(
         with pytest.raises(TierError, match=said) as caught:
             tier_of(url)
         assert caught.value.reason == reason
+
+
+def test_sentinels_behind_a_silent_one_are_asked_in_time(
+    start: Callable[..., RedisServer], watch: Callable[..., Sentinel]
+) -> None:
+    primary = start()
+    silent, sentinel = watch(primary), watch(primary)
+    freeze(silent.child.pid)
+    tier = tier_of(f"redis-sentinel://127.0.0.1:{silent.port},127.0.0.1:{sentinel.port}/kv/0?timeout=20")
+    assert serves(tier)
+    tier.close()
+
+
+@contextlib.contextmanager
+def impostor(answer: bytes) -> Iterator[int]:
+    """The port of a server that answers PING, and all that comes next with `answer`."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with client, contextlib.suppress(ConnectionError):
+                    for said in (b"+PONG\r\n", answer):
+                        client.recv(1 << 16)
+                        client.sendall(said)
+                    while client.recv(1 << 16):
+                        pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "said"),
+    [
+        ("sentinel=kv", b"*2\r\n$2\r\n\xff\xfe\r\n$4\r\n9999\r\n", "names a server that cannot be"),
+        ("sentinel=kv", b"*2\r\n$1\r\nh\r\n$5\r\n99999\r\n", "names a server that cannot be"),
+        ("cluster=yes", b"*1\r\n*3\r\n:0\r\n:1\r\n*2\r\n$1\r\nh\r\n:99999\r\n", "names a server that cannot be"),
+        (
+            "cluster=yes",
+            b"*2000\r\n" + b"".join(b"*3\r\n:0\r\n:1\r\n*2\r\n$1\r\nh\r\n:%d\r\n" % port for port in range(1, 2001)),
+            "names more nodes than a cluster can have",
+        ),
+        ("cluster=yes", b"*100\r\n" + (b"$1000000\r\n" + bytes(1_000_000) + b"\r\n") * 100, "does not speak Redis"),
+        ("cluster=yes", b"*100\r\n" + (b"*100000\r\n" + b":1\r\n" * 100_000) * 20, "does not speak Redis"),
+    ],
+    ids=["no name", "no port", "no port of a node", "too many nodes", "too many bytes", "too many items"],
+)
+def test_whoever_is_asked_cannot_name_or_send_just_anything(options: str, answer: bytes, said: str) -> None:
+    with impostor(answer) as port, pytest.raises(TierError, match=said) as caught:
+        tier_of(f"redis://127.0.0.1:{port}/0?{options}&timeout=60")
+    assert caught.value.reason == "protocol"
+
+
+def test_a_slot_that_nobody_had_for_a_moment_is_found_again(start: Callable[..., RedisServer]) -> None:
+    node = start(
+        "--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--cluster-require-full-coverage", "no"
+    )
+    node.raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    eventually(lambda: "cluster_state:ok" in _info(node))
+    tier = tier_of(node.url("?cluster=yes"))
+    shards = shards_of(60, 1000)
+    assert tier.store(shards) == [OK] * 60
+    node.raw.execute_command("CLUSTER", "DELSLOTSRANGE", 0, 8191)
+    for said in ("Hash slot not served", "no node has slot"):  # the server's answer, and the map that is asked for then
+        with pytest.raises(TierError, match=said):
+            load(tier, shards)
+    node.raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
+    eventually(lambda: _loads(tier, shards) == [OK] * 60)
+    tier.close()
 
 
 @pytest.fixture

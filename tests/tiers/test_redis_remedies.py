@@ -130,3 +130,12 @@ def test_a_server_that_runs_no_scripts_is_named(start: Callable[..., RedisServer
     server = start("--rename-command", "EVAL", "")
     reason, text = why(lambda: tier_of(server.url()))
     assert reason == "refused" and "needs Redis 6 or later" in text
+
+
+def test_a_server_that_repeats_the_password_does_not_get_it_into_an_error(start: Callable[..., RedisServer]) -> None:
+    """Redis repeats the arguments of commands that it does not have."""
+    server = start("--rename-command", "AUTH", "")
+    for who in (":s3cret", "kv:s3cret"):
+        reason, text = why(lambda who=who: tier_of(f"redis://{who}@127.0.0.1:{server.port}/0"))
+        assert reason == "refused" and "unknown command 'AUTH'; the tier needs" in text
+        assert "s3cret" not in text

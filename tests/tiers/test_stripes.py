@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,17 @@ def test_devices_in_a_url(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     for url in (f"disk://{tmp_path}/a,{tmp_path}/a", f"disk://{tmp_path}/a,{tmp_path}/a/b"):
         with pytest.raises(ConfigError, match="each device needs a folder of its own"):
             make_tier(url)
+
+
+def test_a_device_that_fails_to_open_without_a_reason_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").write_text("no folder")
+    tier = StripedTier([(tmp_path / name, DiskTier(tmp_path / name, 64 * MIB)) for name in "ab"])
+    monkeypatch.setattr(tier._parts[1], "open", lambda: (tmp_path / "b").iterdir().__next__())
+    with pytest.raises(OSError):
+        tier.open()
+    assert not any(thread.name.startswith("lmcache-") for thread in threading.enumerate())
+    alone = DiskTier(tmp_path / "a", 64 * MIB)
+    alone.open()  # nobody has its lock
+    alone.close()

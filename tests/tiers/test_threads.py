@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from lmcache.server.loop import Loop
 from lmcache.testing.conformance import payload_of, shard_key, shard_of
-from lmcache.tiers import OK, Tier, TierError
+from lmcache.tiers import OK, Tier, TierError, frame
 from lmcache.tiers.blocking import BlockingAdapter
 from lmcache.tiers.directory.tier import DirectoryTier
 from lmcache.tiers.disk.tier import DiskTier
+from lmcache.tiers.object_store.client import Client
+from lmcache.tiers.object_store.s3 import S3Tier
+from lmcache.tiers.object_store.service import Place
 from lmcache.tiers.operation import Load
 from servers import PATIENCE
 
@@ -80,4 +84,70 @@ def test_an_operation_that_no_thread_can_be_started_for_is_not_kept(
     assert ended.wait(PATIENCE)
     gc.collect()
     assert kept() is None
+    loop.close()
+
+
+class SlowObjects(Client):
+    """An object store that has nothing, and whose GETs do as the test says."""
+
+    def __init__(self, get: Callable[[memoryview], None]) -> None:
+        super().__init__(Place("bucket"), S3Tier.service, None)
+        self._get = get
+
+    def read_all(self, path: str) -> None:
+        return None
+
+    def read(self, path: str, start: int, memories: Sequence[memoryview], arrived: object = None) -> None:
+        self._get(memories[-1])
+
+
+@pytest.mark.parametrize("kind", [*TIERS, S3Tier])
+def test_a_load_with_an_error_that_nobody_foresaw_ends_after_all_of_its_threads(
+    kind: Callable[..., Tier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory is given to somebody else then."""
+    begun, returned, too_late = threading.Event(), threading.Event(), []
+    keys, memories = [shard_key(number) for number in range(3)], [bytearray(SIZE) for _ in range(3)]
+
+    def end(into: memoryview) -> None:
+        if into.obj is memories[0]:
+            assert begun.wait(PATIENCE)
+            raise MemoryError
+        begun.set()
+        too_late.append(returned.wait(0.5))
+
+    def unfold(header: bytes, into: memoryview, decoded: object = None) -> str:
+        end(into)
+        return OK
+
+    tier = S3Tier(SlowObjects(end)) if kind is S3Tier else kind(tmp_path / "tier", 64 << 20)
+    tier.open()
+    if kind is not S3Tier:
+        assert tier.store([shard_of(key, SIZE) for key in keys]) == [OK] * 3
+    with monkeypatch.context() as patch:
+        patch.setattr(frame, "unfold", unfold)
+        with pytest.raises(MemoryError):
+            tier.load(keys, [memoryview(one) for one in memories])
+        returned.set()
+        tier.close()
+    assert too_late and not any(too_late)
+
+
+class Panic(BaseException):
+    """What libraries in Rust raise for a bug of theirs is no Exception."""
+
+
+def test_a_library_that_panics_fails_its_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation without an end would keep its memory, and the tier from being asked anything new."""
+    loop, ended = Loop(), queue.SimpleQueue[Exception | None]()
+    tier = DiskTier(tmp_path / "tier", 64 << 20)
+
+    def load(keys: object, into: object) -> list[str]:
+        raise Panic("out of range")
+
+    monkeypatch.setattr(tier, "load", load)
+    adapter = BlockingAdapter(tier, "disk", loop.executor, loop.now)
+    adapter.submit(Load(0.0, lambda result, error: ended.put(error), [shard_key(1)], [memoryview(bytearray(10))]))
+    error = ended.get(timeout=PATIENCE)
+    assert isinstance(error, RuntimeError) and str(error) == "Panic: out of range"
     loop.close()

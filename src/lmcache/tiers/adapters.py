@@ -6,10 +6,12 @@ A store whose work one of our tiers does is served by that tier, and one line sa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
+from lmcache.config.hosts import in_url
 from lmcache.config.mooncake import mooncake_url
 from lmcache.errors import ConfigError
 from lmcache.tiers.coder import LOSSY, NAIVE
@@ -43,9 +45,8 @@ def url_of_adapter(text: str) -> Translated:
     values = {key: value if isinstance(value, dict | list) else str(value) for key, value in given.items()}
     found = _ADAPTERS[kind](kind, values)
     if values:
-        raise ConfigError(
-            f"--l2-adapter: {kind} does not support {sorted(values)[0]!r}; write it as --l2 {found.url.partition('?')[0]}?..."
-        )
+        shown = re.sub("//[^/]*@", "//...@", found.url.partition("?")[0])  # without the password
+        raise ConfigError(f"--l2-adapter: {kind} does not support {sorted(values)[0]!r}; write it as --l2 {shown}?...")
     name = serde.get("type") if isinstance(serde, dict) else serde
     if name in (None, ""):
         return found
@@ -71,7 +72,7 @@ def _redis(kind: str, values: dict[str, Any]) -> Translated:
     host, port = _needed(values, "redis", "host"), values.pop("port", "6379")
     user, password = quote(values.pop("username", ""), safe=""), quote(values.pop("password", ""), safe="${}")
     who = f"{user}:{password}@" if user or password else ""
-    return Translated(_with_options(f"redis://{who}{host}:{port}/0", values, {"max_capacity_gb": "max_gb"}))
+    return Translated(_with_options(f"redis://{who}{in_url(host)}:{port}/0", values, {"max_capacity_gb": "max_gb"}))
 
 
 def _s3(kind: str, values: dict[str, Any]) -> Translated:

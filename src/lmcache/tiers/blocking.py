@@ -73,5 +73,9 @@ class BlockingAdapter:
             result = getattr(whose, operation.method)(*operation.arguments)
         except Exception as error:  # top of the thread; the caller handles errors that are no TierError
             operation.fail(error)
+        except BaseException as error:  # a panic of a library in Rust; nobody else would end the operation
+            failure = RuntimeError(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+            operation.fail(failure)
         else:
             operation.complete(result)

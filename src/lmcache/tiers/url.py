@@ -176,8 +176,13 @@ def parse_url(text: str, environ: Mapping[str, str] = os.environ, runtime: Runti
     try:
         parts = urlsplit(text)
         port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"{scheme}://...: {error}") from None
+        if "#" in text or (port is not None and "@" in parts.path):
+            raise ValueError("it ends, or the host does, in the middle of a password")
+    except ValueError:  # its text may contain a part of the password
+        raise ConfigError(
+            f"{scheme}://...: not a URL: the port must be a number up to 65535, an IPv6 address in brackets, and in a password"
+            " write / as %2F, # as %23, ? as %3F, @ as %40 and : as %3A"
+        ) from None
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     options = {key: _REFERENCE.sub(value_of, value) for key, value in pairs}
     if len(options) != len(pairs):

@@ -24,7 +24,7 @@ from lmcache.tiers import frame
 from lmcache.tiers.directory.janitor import Count, Janitor
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, named_errors, tier_error
 from lmcache.tiers.frame_io import UNREADABLE
-from lmcache.tiers.threads import started_pool
+from lmcache.tiers.threads import each_in_pool, started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -444,10 +444,9 @@ class DirectoryTier(Tier):
         if len(of) <= 1:
             return [call(one) for one in of]
         try:
-            results = self._pool.map(call, of)
+            return each_in_pool(self._pool, call, of)
         except RuntimeError:  # the pool has been shut down
             raise TierError("closed", f"{self._where}: it was closed during the call") from None
-        return list(results)
 
     def _check_open(self) -> None:
         if not self._opened:

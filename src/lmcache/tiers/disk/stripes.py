@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
-from lmcache.tiers.threads import started_pool
+from lmcache.tiers.threads import all_ended, started_pool
 from lmcache.tiers.tier import Region, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -48,12 +48,12 @@ class StripedTier(Tier):
                 part.dropped = self._tell if self.dropped else None
                 part.open()
                 opened.append(part)
-        except TierError:
+            devices = [os.stat(folder).st_dev for folder in self._folders]
+        except BaseException:
             for part in opened:
                 part.close()
             pool.shutdown()
             raise
-        devices = [os.stat(folder).st_dev for folder in self._folders]
         for number, device in enumerate(devices):
             if device in devices[:number]:
                 other = self._folders[devices.index(device)]
@@ -77,7 +77,7 @@ class StripedTier(Tier):
         return found
 
     def degraded(self) -> str:
-        return "; ".join(self._trouble[number] for number in sorted(self._trouble.copy()))
+        return "; ".join(text for _, text in sorted(self._trouble.copy().items()))
 
     def contains(self, keys: Sequence[ShardKey]) -> list[bool]:
         return self.known(keys) or []
@@ -138,10 +138,12 @@ class StripedTier(Tier):
         if not (pool := self._pool):
             raise TierError("closed", "disk://: it is not open")
         outcomes = [""] * len(keys)
-        calls: list[tuple[int, list[int], Future[list[str]]]] = [
-            (number, places, pool.submit(call, self._parts[number], places)) for number, places in self._divided(keys)
-        ]
-        wait([one for _, _, one in calls])  # whatever happens, nobody uses the caller's memory afterwards
+        calls: list[tuple[int, list[int], Future[list[str]]]] = []
+        with all_ended() as parts:
+            for number, places in self._divided(keys):
+                parts.append(pool.submit(call, self._parts[number], places))
+                calls.append((number, places, parts[-1]))
+            wait(parts)
         failed: list[TierError] = []
         for number, places, one in calls:
             try:

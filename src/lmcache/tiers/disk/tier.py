@@ -29,7 +29,7 @@ from lmcache.tiers.disk.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex
 from lmcache.tiers.disk.stripes import StripedTier
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, named_errors, tier_error
 from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
-from lmcache.tiers.threads import started_pool
+from lmcache.tiers.threads import each_in_pool, started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -450,7 +450,7 @@ class DiskTier(Tier):
         for hit in hits:
             parts[min(lanes - 1, int(share / each))].append(hit)
             share += hit.found.stored_bytes
-        return [one for lane in self._readers.map(self._read_lane, parts) for one in lane]
+        return list(itertools.chain.from_iterable(each_in_pool(self._readers, self._read_lane, parts)))
 
     def _read_lane(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
         """Read hits file by file in one thread."""

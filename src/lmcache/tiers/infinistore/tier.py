@@ -129,9 +129,9 @@ class InfiniStoreTier(Tier):
         self._noted.drop(keys)
 
     def clear(self) -> None:
-        keys = self._noted.keys()
+        keys = self._noted.packed_keys()
         for start in range(0, len(keys), _MOST_KEYS):
-            self.remove(keys[start : start + _MOST_KEYS])
+            self.remove([ShardKey.unpack(one) for one in keys[start : start + _MOST_KEYS]])
         log.warning(
             "InfiniStore at %s cannot say what it has: %d shards that this server has stored or read were removed, those of"
             " other servers and earlier runs stay until it evicts them",

@@ -19,6 +19,8 @@ from lmcache.config.hosts import connect, in_url, seconds_left
 from lmcache.tiers.tier import TierError
 
 _SKIPPED_BYTES = 64 << 10
+_MOST_FORGOTTEN = 128
+"""So many times that many bytes are read at once from a connection that was given up."""
 _PARKED_SECONDS, _MOST_PARKED = 60.0, 64
 """How long a connection stays open on which an answer may still be sent, and how many such connections there are at most."""
 _OK, _ABSENT, _FULL = 200, 404, 507
@@ -139,17 +141,15 @@ class Connection:
             count -= self._receive(rest[:count])
 
     def forget(self) -> bool:
-        """Forget all that has arrived. Return whether more may come."""
+        """Forget what has arrived. Return whether more may come: there is no end to what a server can send."""
         rest = bytearray(_SKIPPED_BYTES)
         try:
             self._socket.settimeout(0)
-            while self._socket.recv_into(rest):
-                pass
+            return all(self._socket.recv_into(rest) for _ in range(_MOST_FORGOTTEN))
         except BlockingIOError:
             return True
         except OSError:
-            pass
-        return False
+            return False
 
     def _number(self) -> int:
         number = bytearray(_NUMBER.size)
@@ -201,7 +201,8 @@ class Connections:
 
     @contextlib.contextmanager
     def lend(self, seconds: float) -> Iterator[Connection]:
-        """Lend a connection for one conversation of so many seconds. It is reused unless an exception is raised."""
+        """Lend a connection for one conversation of so many seconds. It is reused unless an exception is raised. Then the idle
+        ones are closed: where a host has vanished, each of them would wait for the time-out once."""
         deadline = time.monotonic() + seconds
         self._look_after_parked()
         if not self._free.acquire(timeout=seconds):
@@ -212,18 +213,22 @@ class Connections:
                 yield found
             except BaseException:
                 self._parked.append((time.monotonic() + _PARKED_SECONDS, found))
+                self._close_idle()
                 raise
             self._idle.append(found)
         finally:
             self._free.release()
 
     def close(self) -> None:
-        while self._idle:
-            with contextlib.suppress(IndexError):
-                self._idle.pop().close()
+        self._close_idle()
         with contextlib.suppress(IndexError):
             while True:
                 self._parked.pop()[1].close()
+
+    def _close_idle(self) -> None:
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread has taken it
+                self._idle.pop().close()
 
     def _look_after_parked(self) -> None:
         """Close connections on which nothing can come any more, or which have waited for long enough."""

@@ -111,6 +111,7 @@ class StoreProcess:
                 pass_fds=[task.control, *task.lanes, memory],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                cwd="/",  # python -m looks for modules in its working directory first
             )
         except OSError as error:
             for one in (self._control, *(ours for ours, _ in pairs)):
@@ -285,5 +286,5 @@ def _environment(joining: Joining, hostname: str) -> dict[str, str]:
         "MC_STORE_CLIENT_SETUP_RETRIES": "1",
     }
     choices = {"MC_TCP_BIND_ADDRESS": hostname, "MC_LOG_LEVEL": "ERROR", "GLOG_minloglevel": "3"}
-    paths = os.pathsep.join(path for path in sys.path if path)
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
     return {**choices, **os.environ, **limits, "PYTHONPATH": paths}

@@ -215,7 +215,7 @@ class MooncakeTier(Tier):
         if wrong:
             return wrong
         checksum = frame.Checksum(self._secret)
-        _copy(lane.memory[offset + frame.HEADER_BYTES :][: len(into)], into, checksum)
+        _copy(lane.memory[offset + frame.HEADER_BYTES :][: len(into)], into, checksum, into)
         return checksum.check(header, key)
 
     def _write(
@@ -231,7 +231,8 @@ class MooncakeTier(Tier):
                 for index, offset in zip(which, at, strict=True):
                     shard, checksum = shards[index], frame.Checksum(self._secret)
                     start = offset + frame.HEADER_BYTES
-                    _copy(shard.payload, lane.memory[start : start + shard.payload.nbytes], checksum)
+                    lane_part = lane.memory[start : start + shard.payload.nbytes]
+                    _copy(shard.payload, lane_part, checksum, shard.payload)
                     lane.memory[offset:start] = checksum.header(shard.key, shard.parent)
                 names = [self._name(shards[index].key) for index in which]
                 answers = client.ask(lane, verb, names, at, [sizes[index] for index in which], self._replicas)
@@ -308,13 +309,16 @@ def _batches(sizes: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         yield places, offsets
 
 
-def _copy(source: memoryview, target: memoryview, checksum: frame.Checksum) -> None:
-    """Copy bytes, and add the copy to the checksum. Other threads run meanwhile, as they do not with slices of a memoryview."""
+def _copy(source: memoryview, target: memoryview, checksum: frame.Checksum, summed: memoryview) -> None:
+    """Copy bytes, and add them to the checksum. Other threads run meanwhile, as they do not with slices of a memoryview.
+
+    summed: the one of both that is an extent. The other one is a lane, into which the store may write late.
+    """
     read, written = np.frombuffer(source, np.uint8), np.frombuffer(target, np.uint8)
     for start in range(0, len(written), _PIECE_BYTES):
         end = start + _PIECE_BYTES
         np.copyto(written[start:end], read[start:end])
-        checksum.update(target[start:end])
+        checksum.update(summed[start:end])
 
 
 def _matching(pattern: str, text: str) -> Callable[[str], str]:

@@ -13,7 +13,7 @@ import re
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from typing import Any, ClassVar
 
 from lmcache.config.options import integer, number
@@ -24,7 +24,7 @@ from lmcache.tiers import frame
 from lmcache.tiers.object_store.accounting import Accounting, pack_uses, unpack_uses
 from lmcache.tiers.object_store.client import Client
 from lmcache.tiers.object_store.service import Place, Service
-from lmcache.tiers.threads import started_pool
+from lmcache.tiers.threads import all_ended, started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -373,15 +373,17 @@ class ObjectTier(Tier):
                 raise TierError("timeout", f"{self._client.text}: no connection was free in time; raise ?connections=")
             call(*numbers)
 
-        futures: list[Future[None]] = [self._pool.submit(run, call, *numbers) for call, numbers in work]
         trouble: TierError | None = None
-        for future, (_, numbers) in zip(futures, work, strict=True):
-            try:
-                future.result()
-                if done and not trouble:
-                    done(*numbers)
-            except TierError as error:
-                trouble = trouble or error
+        with all_ended() as parts:
+            for call, numbers in work:
+                parts.append(self._pool.submit(run, call, *numbers))
+            for part, (_, numbers) in zip(parts, work, strict=True):
+                try:
+                    part.result()
+                    if done and not trouble:
+                        done(*numbers)
+                except TierError as error:
+                    trouble = trouble or error
         if trouble:
             raise trouble
 

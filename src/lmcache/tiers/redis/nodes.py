@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import binascii
+import re
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -12,6 +14,10 @@ from lmcache.tiers.redis.resp import Login, Node, Reply, ReplyError
 from lmcache.tiers.tier import TierError
 
 _SLOTS = 16384
+_MOST_NODES = 1024
+"""Redis Cluster is made for 1000."""
+_ASKED_AT_ONCE = 3
+"""A server that does not answer takes this part of the time that is left, so that others can be asked."""
 
 
 class Nodes:
@@ -70,6 +76,7 @@ class Cluster(Nodes):
         for first, last, node in self._ranges:
             if first <= slot <= last:
                 return node
+        self.stale = True  # somebody may have it soon
         raise TierError(
             "not ready",
             f"Redis Cluster at {self._seed.host}:{self._seed.port}: no node has slot {slot};"
@@ -80,31 +87,42 @@ class Cluster(Nodes):
         """Ask any node of the cluster for the map of hash slots."""
         with self._lock:
             trouble: TierError | None = None
-            for node in [self._seed, *(node for node in self._nodes.values() if node is not self._seed)]:
+            others = [node for node in self._nodes.values() if node is not self._seed]
+            for node, until in _in_turn([self._seed, *others], deadline):
                 try:
-                    with node.connection(deadline) as connection:
+                    with node.connection(until) as connection:
                         connection.queue(b"CLUSTER", b"SLOTS")
                         self._ranges = self._parse(node, connection.answer())
                 except TierError as error:
                     trouble = trouble or error
                 else:
                     self.stale = False
+                    self._forget_others()
                     return
             assert trouble
             raise trouble
+
+    def _forget_others(self) -> None:
+        """Keep the servers that have keys, and the one that the user has named."""
+        kept = {id(node) for node in (self._seed, *self.all())}
+        for name, node in list(self._nodes.items()):
+            if id(node) not in kept:
+                self._nodes.pop(name).close()
 
     def _parse(self, asked: Node, slots: Reply) -> list[tuple[int, int, Node]]:
         ranges = []
         for entry in slots if isinstance(slots, list) else [slots]:
             match entry:
                 case [int(first), int(last), [host, int(port), *_], *_]:
-                    name = host.decode() if isinstance(host, bytes) and host else asked.host
-                    ranges.append((first, last, self._node(name, port)))
+                    name = host if isinstance(host, bytes) else b""
+                    ranges.append((first, last, _address(asked, name, port)))
                 case _:
                     raise TierError(
                         "protocol", f"{asked.host}:{asked.port} does not describe its cluster: {entry!r:.80}"
                     )
-        return ranges
+        if len({address for _, _, address in ranges}) > _MOST_NODES:
+            raise TierError("protocol", f"{asked.host}:{asked.port} names more nodes than a cluster can have")
+        return [(first, last, self._node(*address)) for first, last, address in ranges]
 
 
 class Sentinels(Nodes):
@@ -135,14 +153,15 @@ class Sentinels(Nodes):
     def refresh(self, deadline: float) -> None:
         with self._lock:
             trouble: TierError | None = None
-            for sentinel in self._sentinels:
+            for sentinel, until in _in_turn(self._sentinels, deadline):
                 try:
-                    primary = self._node(*self._ask(sentinel, deadline))
+                    primary = self._node(*self._ask(sentinel, until))
                 except TierError as error:
                     trouble = trouble or error
                     continue
-                if self._primary and primary is not self._primary:
-                    self._primary.close()
+                for name, node in list(self._nodes.items()):
+                    if node is not primary:
+                        self._nodes.pop(name).close()
                 self._primary, self.stale = primary, False
                 return
             assert trouble
@@ -166,8 +185,8 @@ class Sentinels(Nodes):
                 if isinstance(reply, ReplyError):
                     raise connection.refused(reply)
                 match reply:
-                    case [bytes(host), bytes(port)] if port.isdigit():
-                        return host.decode(), int(port)
+                    case [bytes(host), bytes(port)] if re.fullmatch(rb"[0-9]{1,5}", port):
+                        return _address(sentinel, host, int(port))
                     case None:
                         connection.queue(b"SENTINEL", b"MASTERS")
                         known = _names(connection.answer())
@@ -181,6 +200,24 @@ class Sentinels(Nodes):
                 raise
             remedy = "the Sentinel's own password is ?sentinel_password_file=FILE"
             raise TierError("denied", f"{error} ({remedy})") from None
+
+
+def _address(asked: Node, host: bytes, port: int) -> tuple[str, int]:
+    """Return the address of the server that another one names; without a host it means itself. Raises TierError where there can
+    be no such server."""
+    name = host.decode("latin-1") or asked.host
+    if not name.isascii() or not name.isprintable() or not 0 < port < 1 << 16:
+        raise TierError(
+            "protocol", f"Redis at {asked.host}:{asked.port} names a server that cannot be: {host!r:.80}, port {port}"
+        )
+    return name, port
+
+
+def _in_turn(nodes: Sequence[Node], deadline: float) -> Iterator[tuple[Node, float]]:
+    """Yield each server, and until when it may be asked."""
+    for place, node in enumerate(nodes):
+        now = time.monotonic()
+        yield node, now + (deadline - now) / min(_ASKED_AT_ONCE, len(nodes) - place)
 
 
 def _names(masters: Reply) -> str:

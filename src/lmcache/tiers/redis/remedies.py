@@ -41,13 +41,13 @@ _TEXTS: tuple[tuple[str, str, str], ...] = (
     (r"cluster support disabled", "refused", "leave out ?cluster=yes"),
     (r"without any password configured", "denied", "leave the password out"),
     (r"'auth' command", "denied", "it is older than Redis 6 and has no users: write redis://:${NAME}@host"),
-    (r"AUTH", "denied", _ERRORS["WRONGPASS"][1]),
     (
         r"unknown command|unknown subcommand",
         "refused",
         "the tier needs Redis 6 or later, or Valkey, with this command neither renamed nor forbidden;"
         " of a Sentinel, write ?sentinel=NAME",
     ),
+    (r"AUTH", "denied", _ERRORS["WRONGPASS"][1]),
 )
 """Errors that begin with the word ERR, by their text."""
 

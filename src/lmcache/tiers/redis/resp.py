@@ -26,7 +26,9 @@ PIECE_BYTES = 512 << 10
 _BUFFER_BYTES = 16 << 10
 """Buffer for short replies. It is small, because the part of a large value that arrives in it is copied once more."""
 _MOST_BYTES, _MOST_ITEMS, _MOST_DEPTH = 1 << 20, 1 << 20, 4
-"""Bounds of a reply that is not received into the caller's memory."""
+"""Bounds of each string and list of a reply that is not received into the caller's memory, and of lists within lists."""
+_MOST_MEMORY, _ITEM_BYTES = 64 << 20, 64
+"""The memory of such a reply as a whole, about; and what an item takes beside its bytes."""
 _KNOCK_SECONDS = 1.0
 """Time beyond the deadline, only for a server that has never answered, to find out whether it speaks TLS."""
 
@@ -43,7 +45,8 @@ class ReplyError:
 
 
 def _error(line: bytes) -> ReplyError:
-    text = printable(line.decode("utf-8", "replace"))
+    """Redis repeats the arguments of a command that it does not know. Those of AUTH are the password."""
+    text = printable(line.decode("utf-8", "replace").partition(", with args beginning with")[0])
     return ReplyError(text.partition(" ")[0], text)
 
 
@@ -83,6 +86,8 @@ class Connection:
         self._out = bytearray()
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view, self._from, self._to = memoryview(self._buffer), 0, 0
+        self._memory_left = 0
+        """What the reply that is being read may still take."""
         try:
             self._socket = connect(host, port, seconds_left(self.deadline))
         except OSError as error:
@@ -164,6 +169,12 @@ class Connection:
         """Return the next reply, errors included."""
         self.flush()
         kind, rest = self._line()
+        if not depth:
+            self._memory_left = _MOST_MEMORY
+        elif (left := self._memory_left - len(rest) - _ITEM_BYTES) >= 0:
+            self._memory_left = left
+        else:
+            raise self._nonsense(kind + rest)
         if kind == b"+":
             return rest
         if kind == b":":
@@ -176,6 +187,7 @@ class Connection:
         if count > (_MOST_BYTES if kind == b"$" else _MOST_ITEMS) or depth > _MOST_DEPTH:
             raise self._nonsense(kind + rest)
         if kind == b"$":
+            self._memory_left -= count
             value = bytearray(count)
             self._read(memoryview(value))
             self._skip(2)
