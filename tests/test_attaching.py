@@ -215,6 +215,48 @@ def test_a_tier_that_hangs_is_left_behind_and_a_lookup_goes_on(
     assert cache.counters()["quarantined_bytes"] == 0 and cache.healthy()
 
 
+def test_late_answers_of_a_tier_do_not_end_the_metrics_when_tiers_are_removed(
+    hanging: Path,
+    server: Callable[..., Server],
+    engine: Callable[..., Engine],
+    folders: Callable[[str], Path],
+    token: Path,
+) -> None:
+    """Fetches know tiers by numbers that are no places in the list, and the counters of removed tiers stay."""
+    flags = ("--l2", f"dir://{folders('/tmp')}/store", "--l2", f"hanging://{hanging}?calls=contains")
+    cache = server(flags=("--api-token-file", str(token), *flags, "--worth", "always", "--l2-patience-seconds", "0.1"))
+    assert engine(cache).load(TOKENS) == 0
+    late = 'fetched_chunks_late_answers_total{tier="hanging"}'
+    assert cache.counters()[late] == 1
+    for name in ("dir", "hanging"):
+        assert called(cache, "DELETE", f"/tiers/{name}?drain_seconds=0").status_code in (200, 202)
+        assert cache.counters()[late] == 1 and cache.get("/status")["counters"][late] == 1
+    hanging.open("w").close()
+
+
+def test_the_earlier_metrics_count_on_when_a_tier_is_removed_and_comes_back(
+    server: Callable[..., Server], engine: Callable[..., Engine], folders: Callable[[str], Path], token: Path
+) -> None:
+    cache = server(flags=("--api-token-file", str(token), "--metrics-names", "lmcache-0.5", *PATIENT))
+    one, url = engine(cache), f"dir://{folders('/tmp')}/store"
+
+    def told() -> list[float]:
+        read = {name.partition("{")[0]: value for name, value in cache.counters().items()}
+        hits = [read[f"mp_lookup_hit_{level}_tokens_total"] for level in ("l1", "l2")]
+        return [*hits, read["mp_l1_read_chunks_total"], read["mp_l2_prefetch_load_completed_chunks_total"]]
+
+    assert called(cache, "POST", "/tiers", json={"url": url}).status_code == 200
+    one.store(TOKENS)
+    eventually(lambda: counted(cache, "kept_shards") == 10)
+    cache.clear()
+    assert one.load(TOKENS) == len(TOKENS) and told() == [0, 160, 20, 10]
+    assert called(cache, "DELETE", "/tiers/dir").status_code == 200
+    assert told() == [0, 160, 20, 10]
+    assert one.load(TOKENS) == len(TOKENS) and told() == [160, 160, 30, 10], "from L1"
+    assert called(cache, "POST", "/tiers", json={"url": url}).status_code == 200
+    assert one.load(TOKENS) == len(TOKENS) and told() == [320, 160, 40, 10]
+
+
 def test_nobody_changes_tiers_without_the_token(
     server: Callable[..., Server], cache: Server, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

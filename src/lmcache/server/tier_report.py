@@ -133,7 +133,7 @@ class TierReport:
             if kind in ("fetches", "awaits") and reason:
                 out[f'{kind}_by_end_total{{reason="{reason}"}}'] = value
             elif kind == "late_answers":
-                out[f'fetched_chunks_late_answers_total{{tier="{self._runners[int(reason)].name}"}}'] = value
+                out[f'fetched_chunks_late_answers_total{{tier="{reason}"}}'] = value
             elif not reason:
                 out[f"{'fetches' if kind == 'fetches' else f'fetched_chunks_{kind}'}_total"] = value
         last = self._fetches.last
@@ -154,13 +154,17 @@ class TierReport:
             if runner.coder is not None:
                 out[f"tier_encoded_bytes_total{label}"] = runner.coder.raw_bytes
                 out[f"tier_encoded_stored_bytes_total{label}"] = runner.coder.stored_bytes
-        counted = {runner.name: (runner.counters, runner.queue.counters) for runner in (*self._leaving, *self._runners)}
-        for tier, both in (self.gone | counted).items():
+        for tier, both in self.counted().items():
             for name, value in (*both[0].items(), *both[1].items()):
                 kind, _, reason = name.partition(":")
                 labels = f'{{tier="{tier}",reason="{reason}"}}' if reason else f'{{tier="{tier}"}}'
                 out[f"tier_{kind}_total{labels}"] = value
         return out
+
+    def counted(self) -> dict[str, tuple[Counter[str], Counter[str]]]:
+        """Return the counters of each tier and of its queue by name, with those of removed tiers, which go on if they return."""
+        joined = [one for one in (*self._leaving, *self._runners) if one in self._losses]  # not one that never opened
+        return self.gone | {one.name: (one.counters, one.queue.counters) for one in joined}
 
     def leaving(self) -> list[dict[str, object]]:
         """Return the tiers that are being removed. JSON types only."""
