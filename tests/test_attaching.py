@@ -336,3 +336,27 @@ def test_hangup_attaches_and_removes_what_the_file_says(
     cache.line_with("SIGHUP: tape://x: unknown tier 'tape'")
     eventually(lambda: names(cache) == ["d"])
     assert cache.healthy() and os.path.exists(folder / "a"), "what is stored stays"
+
+
+def test_a_tier_that_is_still_being_opened_can_be_removed(
+    hanging: Path, server: Callable[..., Server], token: Path
+) -> None:
+    """By another SIGHUP, as after a slip in the file, and over HTTP."""
+    file, given = token.with_name("lmcache.yaml"), f"api-token-file: {token}\n"
+    file.write_text(given)
+    cache = server(flags=("--config", str(file)))
+    url = f"hanging://{hanging}?calls=open"
+    file.write_text(f"{given}l2: {url}\n")
+    cache.signal(signal.SIGHUP)
+    cache.line_with("open hangs")
+    file.write_text(given)
+    cache.signal(signal.SIGHUP)
+    eventually(lambda: [one["name"] for one in cache.get("/tiers")["leaving"]] == ["hanging"])
+    waits = beside(lambda: called(cache, "POST", "/tiers", json={"url": f"{url}&name=slow"}))
+    eventually(lambda: "is still being opened" in called(cache, "POST", "/tiers/slow/pause").text)
+    removed = called(cache, "DELETE", "/tiers/slow")
+    assert removed.status_code == 200 and "1 of open" in removed.json()["left_behind"]
+    assert "removed while it was being opened" in waits.result(PATIENCE).json()["reason"]
+    hanging.open("w").close()
+    eventually(lambda: cache.get("/tiers") == {"tiers": [], "leaving": []})
+    assert cache.healthy() and cache.counters()["loop_errors_total"] == 0
