@@ -288,8 +288,18 @@ def test_a_url_that_came_over_http_reads_no_secrets_of_the_server(url: str) -> N
         _check_reads_no_secrets(url)
 
 
+@pytest.mark.parametrize("name", ["a/b", "", "..", "x%22,tier=%22y", "two%0Alines", "x" * 65])
+def test_no_tier_gets_a_name_that_no_route_and_no_metric_can_show(
+    cache: Server, folders: Callable[[str], Path], name: str
+) -> None:
+    """Such a tier could not be removed again."""
+    refused = called(cache, "POST", "/tiers", json={"url": f"dir://{folders('/tmp')}/store?name={name}"})
+    assert refused.status_code == 400 and "name: " in refused.json()["reason"] and names(cache) == []
+
+
 def test_what_is_sent_is_checked(cache: Server) -> None:
-    for content in (b"", b"[]", b'{"url": 5}', b'{"url": ""}', b'{"uri": "dir:///x"}', b"x" * (65 << 10)):
+    odd = b'{"url": "dir:///tmp/\\ud800"}', b'{"url": "dir:///tmp/two\\nlines"}'
+    for content in (b"", b"[]", b'{"url": 5}', b'{"url": ""}', b'{"uri": "dir:///x"}', b"x" * (65 << 10), *odd):
         answer = called(cache, "POST", "/tiers", content=content)
         assert answer.status_code == 400 and answer.json()["reason"], content
     assert called(cache, "DELETE", "/tiers/dir?drain_seconds=nan").status_code == 400

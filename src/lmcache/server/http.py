@@ -438,6 +438,8 @@ async def _object(request: Request, fields: Mapping[str, type]) -> dict[str, Any
     for name, value in given.items():
         if not isinstance(value, fields[name]):
             raise ConfigError(f'"{name}" must be of the type {fields[name].__name__}')
+        if isinstance(value, str) and not value.strip().isprintable():
+            raise ConfigError(f'"{name}" must not contain control characters or halves of surrogate pairs')
     return given
 
 

@@ -352,8 +352,9 @@ class Service:
         name = m.request_name(request.request)
         in_range = 0 <= request.tokens < MOST_TOKENS and 0 <= request.shard < MAX_SHARDS
         if not (in_range and 0 <= request.seconds < MAX_COPY_SECONDS):
-            told = f"{request.tokens} tokens of shard {request.shard} in {request.seconds} seconds"
-            raise Refusal(f"{told} are out of range")
+            raise Refusal(
+                f"{request.tokens} tokens of shard {request.shard} in {request.seconds} seconds are out of range"
+            )
         for listener in self.on_copied:
             listener(peer, request)
         if not request.ok:
