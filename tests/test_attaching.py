@@ -281,6 +281,10 @@ def test_nobody_changes_tiers_without_the_token(
         "redis://127.0.0.1:1/0?password_file=/etc/shadow",
         "redis://127.0.0.1:1/0?password%5Ffile=/etc/shadow",
         "disk:///tmp/x?key_file=/etc/shadow&max_gb=1",
+        "redis-sentinel://127.0.0.1:1,[::1]:2/main/0?password_file=/etc/shadow",
+        "redis-sentinel://127.0.0.1:1,[::1/main/0?password_file=/etc/shadow",
+        "az://bucket/prefix?endpoint=http://127.0.0.1:1",
+        "gs://bucket/prefix?%65ndpoint=http://127.0.0.1:1",
     ],
 )
 def test_a_url_that_came_over_http_reads_no_secrets_of_the_server(url: str) -> None:
