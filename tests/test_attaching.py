@@ -302,7 +302,7 @@ def test_no_tier_gets_a_name_that_no_route_and_no_metric_can_show(
 
 
 def test_what_is_sent_is_checked(cache: Server) -> None:
-    odd = b'{"url": "dir:///tmp/\\ud800"}', b'{"url": "dir:///tmp/two\\nlines"}'
+    odd = b"[" * (60 << 10), b'{"url": "dir:///tmp/\\ud800"}', b'{"url": "dir:///tmp/two\\nlines"}'
     for content in (b"", b"[]", b'{"url": 5}', b'{"url": ""}', b'{"uri": "dir:///x"}', b"x" * (65 << 10), *odd):
         answer = called(cache, "POST", "/tiers", content=content)
         assert answer.status_code == 400 and answer.json()["reason"], content

@@ -430,7 +430,7 @@ async def _object(request: Request, fields: Mapping[str, type]) -> dict[str, Any
             raise ConfigError(f"the body is larger than {_MOST_BODY_BYTES} bytes")
     try:
         given = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         given = None
     known = ", ".join(f'"{name}"' for name in fields)
     if not isinstance(given, dict) or not given.keys() <= fields.keys():
