@@ -50,6 +50,8 @@ HELP_0_5: dict[str, str] = {
 """Name without `lmcache_`, or without `lmcache` before a colon -> what it counts, and its unit."""
 MOST_MODELS = 64
 """Models with a label of their own; further ones are counted together, as `other`."""
+_LEAST_SECONDS = 1e-9
+"""A copy that took less tells no rate."""
 _GB_PER_SECOND = 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128
 
 
@@ -109,7 +111,12 @@ class EarlierNames:
     def _copied(self, peer: Peer, copied: m.Copied) -> None:
         """Note the rate of a copy. Where a rank has several kinds of KV, the message does not tell how many bytes were copied."""
         space = self._l1.space(next(iter(peer.spaces))) if len(peer.spaces) == 1 else None
-        if space is None or not copied.ok or not copied.seconds or not 0 <= copied.shard < len(space.shard_bytes):
+        if (
+            space is None
+            or not copied.ok
+            or copied.seconds < _LEAST_SECONDS
+            or not 0 <= copied.shard < len(space.shard_bytes)
+        ):
             return
         kind = f"mp_l0_l1_{copied.kind}_throughput_GB_per_second", self._model(next(iter(peer.spaces.values())))
         size = copied.tokens * space.shard_bytes[copied.shard] / self._chunk

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hmac
 import json
+import math
 import re
 import socket
 import threading
@@ -454,8 +455,20 @@ async def _ask(call: Callable[[], _T], seconds: float = 0.0) -> _T:
 
 
 def _json(content: dict[str, Any], status_code: int = 200) -> Response:
-    body = json.dumps(content, default=str, ensure_ascii=False, separators=(", ", ": "))
+    dump = functools.partial(json.dumps, default=str, ensure_ascii=False, separators=(", ", ": "), allow_nan=False)
+    try:
+        body = dump(content)
+    except ValueError:  # a counter that is no number, which JSON cannot express
+        body = dump(_without_nan(content))
     return Response(body + "\n", status_code, media_type="application/json")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -97,7 +97,6 @@ class TierReport:
 
     def describe(self, record: FetchRecord) -> dict[str, object]:
         """Return a fetch's record with the names of the tiers. JSON types only."""
-        expected = record.expected_seconds
 
         def name(tier: int) -> str:
             return "other engines" if tier == AWAITED else self._names.get(tier, REMOVED)
@@ -109,8 +108,8 @@ class TierReport:
             "ended_seconds_ago": round(self._now() - record.ended, 1),
             "asked_chunks": record.asked_chunks,
             "l1_chunks": record.l1_chunks,
-            "expected_seconds": None if expected is None or math.isinf(expected) else round(expected, 6),
-            "recompute_seconds": None if record.recompute_seconds is None else round(record.recompute_seconds, 6),
+            "expected_seconds": _finite(record.expected_seconds),
+            "recompute_seconds": _finite(record.recompute_seconds),
             "decision": record.decision,
             "waited_seconds": round(record.waited_seconds, 6),
             "outcome": record.outcome,
@@ -219,6 +218,11 @@ class TierReport:
             if left > self._unwritten[runner.name]:
                 logger.warning("Tier %s: %d chunks could not be written before the server ended", runner.name, left)
                 self._unwritten[runner.name] = left
+
+
+def _finite(seconds: float | None) -> float | None:
+    """Return seconds for JSON, which has no infinity: a rate that an engine tells may be as good as 0."""
+    return None if seconds is None or not math.isfinite(seconds) else round(seconds, 6)
 
 
 def _losses(new: Counter[str]) -> list[str]:
