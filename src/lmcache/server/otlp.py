@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from lmcache import __version__
@@ -172,11 +172,13 @@ def _encoder(instance: str) -> Callable[[Sequence[Span]], bytes]:
     except ImportError:
         raise ConfigError("--otlp-endpoint: needs opentelemetry-proto: pip install 'lmcache[otel]'") from None
 
-    def value(one: Value) -> object:
-        kind = {bool: "bool_value", int: "int_value", float: "double_value"}.get(type(one), "string_value")
-        return AnyValue(**{kind: one})
+    any_value: Any = AnyValue
 
-    def attributes(given: Mapping[str, Value]) -> list[object]:
+    def value(one: Value) -> Any:
+        kind = {bool: "bool_value", int: "int_value", float: "double_value"}.get(type(one), "string_value")
+        return any_value(**{kind: one})
+
+    def attributes(given: Mapping[str, Value]) -> list[Any]:
         return [KeyValue(key=name, value=value(one)) for name, one in given.items()]
 
     resource = {
