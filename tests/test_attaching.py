@@ -215,6 +215,48 @@ def test_a_tier_that_hangs_is_left_behind_and_a_lookup_goes_on(
     assert cache.counters()["quarantined_bytes"] == 0 and cache.healthy()
 
 
+def test_late_answers_of_a_tier_do_not_end_the_metrics_when_tiers_are_removed(
+    hanging: Path,
+    server: Callable[..., Server],
+    engine: Callable[..., Engine],
+    folders: Callable[[str], Path],
+    token: Path,
+) -> None:
+    """Fetches know tiers by numbers that are no places in the list, and the counters of removed tiers stay."""
+    flags = ("--l2", f"dir://{folders('/tmp')}/store", "--l2", f"hanging://{hanging}?calls=contains")
+    cache = server(flags=("--api-token-file", str(token), *flags, "--worth", "always", "--l2-patience-seconds", "0.1"))
+    assert engine(cache).load(TOKENS) == 0
+    late = 'fetched_chunks_late_answers_total{tier="hanging"}'
+    assert cache.counters()[late] == 1
+    for name in ("dir", "hanging"):
+        assert called(cache, "DELETE", f"/tiers/{name}?drain_seconds=0").status_code in (200, 202)
+        assert cache.counters()[late] == 1 and cache.get("/status")["counters"][late] == 1
+    hanging.open("w").close()
+
+
+def test_the_earlier_metrics_count_on_when_a_tier_is_removed_and_comes_back(
+    server: Callable[..., Server], engine: Callable[..., Engine], folders: Callable[[str], Path], token: Path
+) -> None:
+    cache = server(flags=("--api-token-file", str(token), "--metrics-names", "lmcache-0.5", *PATIENT))
+    one, url = engine(cache), f"dir://{folders('/tmp')}/store"
+
+    def told() -> list[float]:
+        read = {name.partition("{")[0]: value for name, value in cache.counters().items()}
+        hits = [read[f"mp_lookup_hit_{level}_tokens_total"] for level in ("l1", "l2")]
+        return [*hits, read["mp_l1_read_chunks_total"], read["mp_l2_prefetch_load_completed_chunks_total"]]
+
+    assert called(cache, "POST", "/tiers", json={"url": url}).status_code == 200
+    one.store(TOKENS)
+    eventually(lambda: counted(cache, "kept_shards") == 10)
+    cache.clear()
+    assert one.load(TOKENS) == len(TOKENS) and told() == [0, 160, 20, 10]
+    assert called(cache, "DELETE", "/tiers/dir").status_code == 200
+    assert told() == [0, 160, 20, 10]
+    assert one.load(TOKENS) == len(TOKENS) and told() == [160, 160, 30, 10], "from L1"
+    assert called(cache, "POST", "/tiers", json={"url": url}).status_code == 200
+    assert one.load(TOKENS) == len(TOKENS) and told() == [320, 160, 40, 10]
+
+
 def test_nobody_changes_tiers_without_the_token(
     server: Callable[..., Server], cache: Server, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +281,10 @@ def test_nobody_changes_tiers_without_the_token(
         "redis://127.0.0.1:1/0?password_file=/etc/shadow",
         "redis://127.0.0.1:1/0?password%5Ffile=/etc/shadow",
         "disk:///tmp/x?key_file=/etc/shadow&max_gb=1",
+        "redis-sentinel://127.0.0.1:1,[::1]:2/main/0?password_file=/etc/shadow",
+        "redis-sentinel://127.0.0.1:1,[::1/main/0?password_file=/etc/shadow",
+        "az://bucket/prefix?endpoint=http://127.0.0.1:1",
+        "gs://bucket/prefix?%65ndpoint=http://127.0.0.1:1",
     ],
 )
 def test_a_url_that_came_over_http_reads_no_secrets_of_the_server(url: str) -> None:
@@ -246,8 +292,18 @@ def test_a_url_that_came_over_http_reads_no_secrets_of_the_server(url: str) -> N
         _check_reads_no_secrets(url)
 
 
+@pytest.mark.parametrize("name", ["a/b", "", "..", "x%22,tier=%22y", "two%0Alines", "x" * 65])
+def test_no_tier_gets_a_name_that_no_route_and_no_metric_can_show(
+    cache: Server, folders: Callable[[str], Path], name: str
+) -> None:
+    """Such a tier could not be removed again."""
+    refused = called(cache, "POST", "/tiers", json={"url": f"dir://{folders('/tmp')}/store?name={name}"})
+    assert refused.status_code == 400 and "name: " in refused.json()["reason"] and names(cache) == []
+
+
 def test_what_is_sent_is_checked(cache: Server) -> None:
-    for content in (b"", b"[]", b'{"url": 5}', b'{"url": ""}', b'{"uri": "dir:///x"}', b"x" * (65 << 10)):
+    odd = b"[" * (60 << 10), b'{"url": "dir:///tmp/\\ud800"}', b'{"url": "dir:///tmp/two\\nlines"}'
+    for content in (b"", b"[]", b'{"url": 5}', b'{"url": ""}', b'{"uri": "dir:///x"}', b"x" * (65 << 10), *odd):
         answer = called(cache, "POST", "/tiers", content=content)
         assert answer.status_code == 400 and answer.json()["reason"], content
     assert called(cache, "DELETE", "/tiers/dir?drain_seconds=nan").status_code == 400
@@ -294,3 +350,27 @@ def test_hangup_attaches_and_removes_what_the_file_says(
     cache.line_with("SIGHUP: tape://x: unknown tier 'tape'")
     eventually(lambda: names(cache) == ["d"])
     assert cache.healthy() and os.path.exists(folder / "a"), "what is stored stays"
+
+
+def test_a_tier_that_is_still_being_opened_can_be_removed(
+    hanging: Path, server: Callable[..., Server], token: Path
+) -> None:
+    """By another SIGHUP, as after a slip in the file, and over HTTP."""
+    file, given = token.with_name("lmcache.yaml"), f"api-token-file: {token}\n"
+    file.write_text(given)
+    cache = server(flags=("--config", str(file)))
+    url = f"hanging://{hanging}?calls=open"
+    file.write_text(f"{given}l2: {url}\n")
+    cache.signal(signal.SIGHUP)
+    cache.line_with("open hangs")
+    file.write_text(given)
+    cache.signal(signal.SIGHUP)
+    eventually(lambda: [one["name"] for one in cache.get("/tiers")["leaving"]] == ["hanging"])
+    waits = beside(lambda: called(cache, "POST", "/tiers", json={"url": f"{url}&name=slow"}))
+    eventually(lambda: "is still being opened" in called(cache, "POST", "/tiers/slow/pause").text)
+    removed = called(cache, "DELETE", "/tiers/slow")
+    assert removed.status_code == 200 and "1 of open" in removed.json()["left_behind"]
+    assert "removed while it was being opened" in waits.result(PATIENCE).json()["reason"]
+    hanging.open("w").close()
+    eventually(lambda: cache.get("/tiers") == {"tiers": [], "leaving": []})
+    assert cache.healthy() and cache.counters()["loop_errors_total"] == 0

@@ -24,6 +24,8 @@ class StandIn:
         self.trouble = -1
         self.cached: int | None = 0
         self.with_ids = True
+        self.event = b""
+        """If there is one: all that is answered."""
         self.lock = threading.Lock()
         stand_in = self
 
@@ -60,6 +62,9 @@ class StandIn:
             def _stream(self, asked: dict[str, Any], number: int) -> None:
                 self.send_response(200)
                 self.end_headers()
+                if stand_in.event:
+                    self.wfile.write(b"data: " + stand_in.event + b"\n\n")
+                    return
                 count = asked["max_tokens"]
                 ids = {"token_ids": [7] * count} if stand_in.with_ids else {}
                 details = (
@@ -119,6 +124,22 @@ def test_each_workload_is_sent_as_it_says(engine: StandIn, bench: Callable[..., 
         assert all(7 in one for one in longer), "with its answer"
     assert len({tuple(one[:50]) for one in rag}) == 1 and len({tuple(one) for one in rag}) == 8
     assert all(len(one) <= 400 + 4 * 4 for one in sent)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'{"choices": [1]}',
+        b'{"choices": {"a": 1}}',
+        b'{"usage": [1]}',
+        b'{"usage": {"completion_tokens": 1e999}}',
+        b"[" * 100_000,
+    ],
+    ids=lambda one: one[:30].decode(),
+)
+def test_an_answer_that_is_no_engines_is_an_error(engine: StandIn, bench: Callable[..., Any], event: bytes) -> None:
+    engine.event = event
+    assert "not the answer of an OpenAI-compatible engine" in bench(code=1, text=True)
 
 
 def test_the_same_seed_sends_the_same(engine: StandIn, bench: Callable[..., Any]) -> None:

@@ -213,6 +213,35 @@ def test_a_write_that_a_clear_overtakes_is_not_told(folders, engine, monkeypatch
         assert not router.told(ids, TIERS), "the write's shards are removed again"
 
 
+def test_what_is_still_written_to_a_removed_tier_is_not_told(folders, engine, monkeypatch) -> None:
+    with server_parts(folders, 64 * EXTENT, l2=[f"disk://{folders('/tmp')}?max_gb=1"]) as (service, port):
+        one = engine(SimpleNamespace(address=f"tcp://127.0.0.1:{port}"), "one", follows=True)
+        runner, ended, ids, later = service.tiering.runners[0], list[Any](), tokens(96, 1), tokens(96, 2)
+        store = runner.store
+
+        def held(shards: Any, done: Any) -> None:
+            store(shards, lambda *how: ended.append(lambda: done(*how)))
+
+        monkeypatch.setattr(runner, "store", held)
+        router = Publisher(one)
+        router.look_up(ids)
+        one.store(ids)
+        router.until(lambda: router.told(ids, L1) and bool(ended))
+        service.loop.ask(lambda: service.tiering.leave(runner), PATIENCE)
+        service.loop.ask(lambda: [one() for one in ended], PATIENCE)
+        router.look_up(later, "later")
+        one.store(later)
+        router.until(lambda: router.told(later, L1))
+        assert not router.has[TIERS], "no lookup will find it there"
+
+
+def test_tiers_that_join_later_are_judged_as_those_of_the_start() -> None:
+    runners: list[Any] = []
+    heard = followers.Followers(SimpleNamespace(), Counter(), runners)  # type: ignore[arg-type]
+    runners += [SimpleNamespace(name=name, tier=SimpleNamespace(read_only=name == "peer")) for name in ("disk", "peer")]
+    assert heard._keeps("disk") and not heard._keeps("peer") and not heard._keeps("removed")
+
+
 def test_what_a_full_disk_tier_drops_is_told(folders, engine) -> None:
     """Nobody asks for it again, and a lookup would find nothing to load that could fail."""
     with server_parts(folders, 64 * EXTENT, l2=[f"disk://{folders('/tmp')}?max_gb=0.001"]) as (service, port):

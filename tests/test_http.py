@@ -478,3 +478,10 @@ def test_an_hour_of_samples_is_kept() -> None:
     assert len(samples) == SAMPLES and len(samples[0]) == 1 + len(COUNTERS) + len(GAUGES)
     assert {later[0] - sooner[0] for sooner, later in pairwise(samples)} == {INTERVAL_SECONDS}
     assert samples[-1][-1] - samples[0][-1] == SAMPLES - 1
+
+
+def test_answers_are_json_even_if_a_counter_is_no_number() -> None:
+    assert (
+        http._json({"a": [float("inf"), 1.5], "b": {"c": float("nan")}}).body
+        == b'{"a": [null, 1.5], "b": {"c": null}}\n'
+    )

@@ -237,3 +237,30 @@ def test_prometheus_answers_every_expression_of_the_dashboard(
         scraper.end()
     of_tiers = "lmcache_tier_", "lmcache_refused_engines", "lmcache_fetches_", "predicted"  # not there yet
     assert [text for text in silent if not any(name in text for name in of_tiers)] == []
+
+
+def test_what_an_engine_tells_of_its_speed_makes_no_infinite_numbers(
+    server: Callable[..., Server], folders: Callable[[str], Path]
+) -> None:
+    """JSON has none, and a sum that has become infinite stays so."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    cache = server(chunk=16, flags=(*OLD, "--l2", f"dir://{folders('/tmp')}/store"))
+    writer, reader = Raw(cache, "writer"), Raw(cache, "reader")
+    for number, rate in enumerate((5e-324, 1e-300, float("inf"), float("nan"), -1.0, 1e300)):
+        hashes = chain(number, 4)
+        for one in (writer, reader):
+            one.ask(m.Lookup(one.space, hashes, 0, request=f"r{number}", engine="e", prefill_rate=rate))
+        writer.ask(m.Commit(writer.reserve(hashes).reservation, True))
+        reader.ask(m.Lookup(reader.space, hashes, 0, request=f"r{number}", engine="e", prefill_rate=rate))
+    for seconds in (5e-324, 0.5):
+        writer.ask(m.Copied("store", 64, seconds, 0, request="r"))
+    for path in ("status", "fetches", "requests"):
+        with urllib.request.urlopen(f"http://127.0.0.1:{cache.http_port}/{path}", timeout=PATIENCE) as answer:
+            json.loads(answer.read(), parse_constant=refuse)
+    assert cache.get("/fetches")["fetches"], "there was something to tell"
+    assert samples(cache)["lmcache_mp_l0_l1_store_throughput_GB_per_second_count", "raw"] == 1
+    writer.close()
+    reader.close()

@@ -110,14 +110,14 @@ def test_the_labels_of_a_real_server_are_those_of_the_table(
 
 
 def test_answers_that_come_late_are_counted_for_their_tier() -> None:
-    """The counters of fetches know tiers by number, the metrics by name."""
     runner = MagicMock(counters=Counter(), queue=MagicMock(counters=Counter(), queued_bytes=0))
-    runner.number, runner.coder = 0, None
     runner.name, runner.state.return_value, runner.usage.return_value = "far", ("serving", ""), Usage(0, 0, None)
+    runner.number, runner.coder = 7, None  # six others have come and gone
     pace = SimpleNamespace(bytes_per_second=None, ask_seconds=None)
-    counters = Counter({"late_answers:0": 3, "too_many": 2, "fetches": 7, "fetches:late": 4})
-    fetches = MagicMock(counters=counters, open=0, last=None, paces={0: pace})
-    report = TierReport(lambda: 0.0, [runner], [], fetches, {0: "far"}, 16)
+    counters = Counter({"late_answers:far": 3, "too_many": 2, "fetches": 7, "fetches:late": 4})
+    fetches = MagicMock(counters=counters, open=0, last=None, paces={7: pace})
+    report = TierReport(lambda: 0.0, [runner], [], fetches, {7: "far"}, 16)
+    report.joined(runner)
     found = report.counters()
     assert found['fetched_chunks_late_answers_total{tier="far"}'] == 3 and found["fetched_chunks_too_many_total"] == 2
     names = {re.sub(r"\{.*", "", name): tuple(re.findall(r'(\w+)="', name)) for name in found}

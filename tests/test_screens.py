@@ -22,6 +22,7 @@ from engine_process import Engine
 from lmcache.cli import demo, top
 from lmcache.cli.completion import words_of
 from lmcache.cli.main import build_parser, main
+from lmcache.cli.told import Told
 from ports import free_port
 from servers import PATIENCE, Server, eventually
 
@@ -245,3 +246,9 @@ def test_a_port_of_something_else_is_said_to_be_that(capsys: pytest.CaptureFixtu
     finally:
         other.terminate()
         other.wait()
+
+
+def test_what_a_server_tells_is_a_number_only_if_it_can_be_reckoned_with() -> None:
+    told = Told(json.loads('{"a": Infinity, "b": NaN, "c": [1, Infinity, 2.5], "d": 1' + "0" * 400 + "}"))
+    assert [told.number(name) for name in "abd"] == [0.0, 0.0, 0.0] and told.missing == ["a", "b", "d"]
+    assert told.numbers("c") == [1, 2.5]

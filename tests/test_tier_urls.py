@@ -401,3 +401,7 @@ def test_a_serde_of_an_adapter_is_a_codec(serde: str) -> None:
     assert url_of_adapter(f'{{"type": "fs", "base_path": "/d", "serde": {serde}}}').url == "disk:///d?codec=cachegen"
     with pytest.raises(ConfigError, match="serde 'zip'"):
         url_of_adapter('{"type": "fs", "base_path": "/d", "serde": "zip"}')
+
+
+def test_a_url_is_shown_in_one_line() -> None:
+    assert parse_url("dir:///tmp/a%0AERROR:%20all%20is%20lost").redacted == "dir:///tmp/a?ERROR: all is lost"

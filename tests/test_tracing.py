@@ -194,6 +194,39 @@ def test_the_server_serves_while_nobody_takes_its_spans(
     raw.close()
 
 
+def test_what_cannot_be_encoded_does_not_end_the_spans(
+    server: Callable[..., Server], collector: Callable[..., Collector]
+) -> None:
+    receiver = collector()
+    cache = server(chunk=CHUNK, flags=("--otlp-endpoint", receiver.url))
+    raw = Raw(cache, "raw")
+    for tokens, shard in ((1 << 63, 0), (16, 1 << 63)):
+        assert raw.ask(m.Copied("load", tokens, 0.5, shard, request="odd")).code == "refused"
+    raw.ask(m.Copied("load", 16, 0.5, 0, request="sound"))
+    raw.ask(m.Release([], ["sound"]))
+    eventually(lambda: "lmcache.request" in receiver.of("sound"))
+    raw.close()
+
+
+def test_spans_that_cannot_be_encoded_are_dropped_and_counted() -> None:
+    one = exporter(lambda notes, last: [Span("x", b"t" * 16, b"s" * 8, b"", 0, 1, {"odd": 1 << 63})])
+    one._step(0.5)
+    assert one.dropped == 1 and not one._spans
+
+
+def test_notes_keep_no_more_of_a_name_than_is_shown() -> None:
+    clock, long = Clock(), "x" * 10_000
+    one = tracing(clock)
+    peer: Any = SimpleNamespace(instance="e")
+    one.copied(peer, m.Copied("load", 16, 0.5, 0, request=long))
+    one.ended(peer, long)
+    copied, ended = notes = list(one.exporter._notes)
+    assert len(str(copied)) < 1000 and copied.request == ended.request
+    one.spans(notes)
+    clock.at += ENDED_SECONDS + 0.1
+    assert "lmcache.request" in [span.name for span in one.spans([])], "the request has ended"
+
+
 @pytest.mark.parametrize("url", ["localhost:4318", "ftp://x", "http://", "http://x:y", "grpc://x:4317"])
 def test_an_endpoint_that_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="--otlp-endpoint"):
@@ -203,6 +236,7 @@ def test_an_endpoint_that_is_no_url_is_refused(url: str) -> None:
 def test_the_path_is_added_where_there_is_none() -> None:
     assert traces_url("http://x:4318") == traces_url("http://x:4318/") == "http://x:4318/v1/traces"
     assert traces_url("https://x/otlp/v1/traces") == "https://x/otlp/v1/traces"
+    assert traces_url("http://x:4318?key=a") == "http://x:4318/v1/traces?key=a"
 
 
 # --- bounds

@@ -28,6 +28,8 @@ from lmcache.wire.http_client import ask
 
 MOST_REQUESTS, MOST_TOKENS, MOST_CONCURRENT = 100_000, 1_000_000, 1024
 _MOST_EVENT_BYTES = 4 << 20
+_STRANGE = ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError
+"""What reading an answer raises that is built otherwise than an engine's."""
 _MOST_ERROR_BYTES = 2000
 _PAGE = 500
 _SETTLE_SECONDS = 10.0
@@ -112,7 +114,7 @@ class _Run:
                         self._take(event, sample, answer, began)
         except FAILURES as error:
             sample.failure = str(error) or type(error).__name__
-        except ValueError as error:
+        except _STRANGE as error:
             sample.failure = f"not the answer of an OpenAI-compatible engine: {error}"
         sample.whole_seconds = RUNTIME.now() - began
         if not sample.failure and not sample.first_seconds:

@@ -192,7 +192,7 @@ class Fetches:
             if now - fetch.began <= self._waits.ask_patience(fetch):
                 return fetch.missing
             for tier in fetch.unanswered:
-                self.counters[f"late_answers:{tier}"] += 1
+                self.counters[f"late_answers:{self._tiers[tier].name}"] += 1
                 fetch.record.left_out[tier] = "late answer"
             fetch.unanswered.clear()
             self._plan(now, fetch)

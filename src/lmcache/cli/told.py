@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 
 class Told:
@@ -17,7 +17,7 @@ class Told:
     def number(self, name: str, default: float = 0.0) -> float:
         """Return a number; `default` if there is none."""
         value = self._told.get(name)
-        if isinstance(value, (int, float)):
+        if _is_number(value):
             return value
         self._lacks(name)
         return default
@@ -44,7 +44,7 @@ class Told:
         if not isinstance(found, list):
             self._lacks(name)
             return []
-        return [one for one in found if isinstance(one, (int, float))]
+        return [one for one in found if _is_number(one)]
 
     def names(self) -> list[str]:
         """Return what there is."""
@@ -73,6 +73,11 @@ class Told:
     def _lacks(self, name: str) -> None:
         if (said := self._path + name) not in self.missing:
             self.missing.append(said)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether it is a number that can be reckoned with: Python reads Infinity and NaN, too, which JSON does not have."""
+    return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
 def lacking(told: Told, version: str) -> str:

@@ -165,6 +165,15 @@ def word(*names: str) -> Callable[[str], str]:
     return parse
 
 
+def label(text: str) -> str:
+    """Parse a name that metrics, logs and the paths of HTTP routes will show."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
+        raise ValueError(
+            f"{text[:80]!r}: must be up to 64 letters, digits, dots, dashes and underscores, and begin with a letter or digit"
+        )
+    return text
+
+
 def urls(text: str) -> tuple[str, ...]:
     """Parse URLs, separated by newlines or blanks. Their users check what they mean."""
     found = tuple(text.split())

@@ -111,7 +111,7 @@ class JsonLines(logging.Formatter):
             line["request"] = str(request)
         if trace := _traceback(record):
             line["exception"] = trace
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line)  # ASCII only: stderr may have another encoding than UTF-8
 
 
 def _time(record: logging.LogRecord) -> str:

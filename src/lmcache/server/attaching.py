@@ -53,7 +53,10 @@ class Attaching:
         self._loop, self._tiering, self._workers, self._drain_seconds = loop, tiering, workers, drain_seconds
         self._texts = dict(zip(tiering.runners, texts, strict=True))
         """The URL of each attached tier, with its secrets."""
-        self._opening: list[TierRunner] = []
+        self._making = set[str]()
+        """URLs that SIGHUP has brought and whose tiers a thread makes now."""
+        self._opening: dict[TierRunner, Done] = {}
+        """Tiers that are being opened, and who waits for that."""
         self._draining: dict[TierRunner, tuple[float, Done]] = {}
         """Tiers that leave -> until when what is queued is written, and who waits for the end."""
         self._closing: dict[TierRunner, tuple[float, Done]] = {}
@@ -92,21 +95,18 @@ class Attaching:
         if spec.warning:
             logger.warning("%s", spec.warning)
         runner = tiering.runner_of(spec)
-        self._opening.append(runner)
+        self._opening[runner] = done
         self._texts[runner] = text
-        runner.open(partial(self._opened, runner, done, before, keeps))
+        runner.open(partial(self._opened, runner, before, keeps))
         return spec.name
 
-    def _opened(self, runner: TierRunner, done: Done, before: str, keeps: bool, error: Exception | None) -> None:
+    def _opened(self, runner: TierRunner, before: str, keeps: bool, error: Exception | None) -> None:
         if runner not in self._opening:
-            return  # the server ends
-        self._opening.remove(runner)
+            return  # it is not wanted any more, or the server ends
         if error is not None and not keeps:
-            del self._texts[runner]
-            self._tiering.leaving.append(runner)
-            runner.close()
-            done(f"it cannot be opened: {error}")
+            self._give_up(runner, f"it cannot be opened: {error}")
             return
+        done = self._opening.pop(runner)
         runners = self._tiering.runners
         place = next((at for at, one in enumerate(runners) if one.name == before), None)
         runner.opened(error)
@@ -114,12 +114,25 @@ class Attaching:
         logger.info("Tier %s attached: %s, write=%s", runner.name, runner.spec.url, runner.spec.write)
         done("")
 
+    def _give_up(self, runner: TierRunner, why: str) -> None:
+        """Close a tier that is being opened, and say why to whoever waits for it."""
+        done = self._opening.pop(runner)
+        del self._texts[runner]
+        self._tiering.leaving.append(runner)
+        runner.close()
+        done(why)
+
     def remove(self, name: str, done: Done, drain_seconds: float | None = None) -> None:
         """Detach a tier. `done` is called when it is closed, or after the bound of closing. To a paused tier nothing is written.
 
         Raises:
             ConfigError: there is no tier of this name.
         """
+        opening = next((one for one in self._opening if one.name == name), None)
+        if opening is not None:
+            self._give_up(opening, "it was removed while it was being opened")
+            self._closing[opening] = self._loop.now() + CLOSE_SECONDS, done
+            return
         runner = self._named(name)
         seconds = self._drain_seconds if drain_seconds is None else drain_seconds
         del self._texts[runner]
@@ -147,13 +160,13 @@ class Attaching:
         then stays so. Failures are logged."""
         mine = {text: runner.name for runner, text in self._texts.items()}
         for text in old:
+            if text not in new:
+                self._making.discard(text)
             if text not in new and text in mine:
-                try:
-                    self.remove(mine.pop(text), partial(_log, "SIGHUP"))
-                except ConfigError as error:  # it is still being opened
-                    logger.error("SIGHUP: %s", error)
+                self.remove(mine.pop(text), partial(_log, "SIGHUP"))
         for at in reversed(range(len(new))):  # the farthest first, so that each finds the one behind it
             if new[at] not in mine and new[at] not in old:
+                self._making.add(new[at])
                 self._workers.submit(self.make, new[at]).add_done_callback(
                     partial(self._made, new[at], tuple(new[at + 1 :]))
                 )
@@ -162,6 +175,9 @@ class Attaching:
         """Attach a tier that a thread has made before the first of those behind it."""
 
         def add() -> None:
+            if text not in self._making:
+                return  # the settings of another SIGHUP name it no more
+            self._making.discard(text)
             names = {given: runner.name for runner, given in self._texts.items() if runner in self._tiering.runners}
             before = next((names[one] for one in behind if one in names), "")
             try:
@@ -181,14 +197,13 @@ class Attaching:
             if runner.name == name:
                 return runner
         known = ", ".join(one.name for one in self._tiering.runners) or "none"
-        leaving = any(one.name == name for one in self._tiering.leaving)
-        raise ConfigError(
-            f"{name}: {'this tier is being removed' if leaving else 'there is no such tier'}; known: {known}"
-        )
+        which = {one.name: "this tier is being removed" for one in self._tiering.leaving}
+        which |= {one.name: "this tier is still being opened" for one in self._opening}
+        raise ConfigError(f"{name}: {which.get(name, 'there is no such tier')}; known: {known}")
 
     def _tick(self) -> None:
         now = self._loop.now()
-        for runner in self._opening:
+        for runner in list(self._opening):
             runner.tick(now)
         for runner, (until, done) in list(self._draining.items()):
             left = len(runner.queue) and runner.may_store_by(until)

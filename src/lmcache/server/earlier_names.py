@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from lmcache.cache import L1, SERVER, Event
+from lmcache.cache.reasons import SOURCES
 from lmcache.observability.histogram import Histogram
 from lmcache.server.service import Service
 from lmcache.server.sessions import Peer
@@ -49,6 +50,8 @@ HELP_0_5: dict[str, str] = {
 """Name without `lmcache_`, or without `lmcache` before a colon -> what it counts, and its unit."""
 MOST_MODELS = 64
 """Models with a label of their own; further ones are counted together, as `other`."""
+_LEAST_SECONDS = 1e-9
+"""A copy that took less tells no rate."""
 _GB_PER_SECOND = 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128
 
 
@@ -89,8 +92,8 @@ class EarlierNames:
             self._counts[name, model] += value
 
     def _tokens_of_tiers(self) -> int:
-        found = self._service.accounts.found
-        return sum(found[one.name] for one in self._runners if one.name not in ("l1", "engine", "other_engine"))
+        """Return the tokens that all tiers have delivered, removed ones included: a sum that never falls."""
+        return sum(count for source, count in self._service.accounts.found.items() if source not in SOURCES)
 
     @property
     def _runners(self) -> list[TierRunner]:
@@ -108,7 +111,12 @@ class EarlierNames:
     def _copied(self, peer: Peer, copied: m.Copied) -> None:
         """Note the rate of a copy. Where a rank has several kinds of KV, the message does not tell how many bytes were copied."""
         space = self._l1.space(next(iter(peer.spaces))) if len(peer.spaces) == 1 else None
-        if space is None or not copied.ok or not copied.seconds or not 0 <= copied.shard < len(space.shard_bytes):
+        if (
+            space is None
+            or not copied.ok
+            or copied.seconds < _LEAST_SECONDS
+            or not 0 <= copied.shard < len(space.shard_bytes)
+        ):
             return
         kind = f"mp_l0_l1_{copied.kind}_throughput_GB_per_second", self._model(next(iter(peer.spaces.values())))
         size = copied.tokens * space.shard_bytes[copied.shard] / self._chunk
@@ -123,7 +131,10 @@ class EarlierNames:
         for (name, labels), rates in self._rates.items():
             out |= rates.counters(name, labels)
         loaded = service.counters["retrieved_tokens"] // self._chunk
-        kept = sum(one.counters["kept_shards"] for one in self._runners)
+        tiers = Counter[str]()
+        for of_tier, _ in self._service.tiering.report.counted().values() if self._service.tiering is not None else ():
+            tiers.update(of_tier)
+        kept = tiers["kept_shards"]
         out |= {
             "mp_l1_read_chunks_total": loaded + kept,
             "mp_l1_write_chunks_total": l1.events.counters["committed"],
@@ -140,14 +151,12 @@ class EarlierNames:
             for kind in ("requested", "hit")
         )
         out |= {":num_lookup_tokens_total": asked, ":num_lookup_hits_total": hit}
-        return out | self._of_tiers(kept) if self._runners else out
+        return out | self._of_tiers(tiers) if self._runners or tiers else out
 
-    def _of_tiers(self, kept: int) -> dict[str, float]:
-        """Return what there is only with tiers."""
+    def _of_tiers(self, counts: Counter[str]) -> dict[str, float]:
+        """Return what there is only with tiers. counts: of all of them, removed ones included."""
         assert self._service.tiering is not None
-        fetches, counts = self._service.tiering.fetches, Counter[str]()
-        for runner in self._runners:
-            counts.update(runner.counters)
+        fetches, kept = self._service.tiering.fetches, counts["kept_shards"]
         failed = sum(value for name, value in counts.items() if name.startswith("unwritten:"))
         out: dict[str, float] = {
             "mp_l2_store_submitted_objects_chunks_total": kept + failed,

@@ -90,8 +90,6 @@ class Followers:
 
     def __init__(self, l1: L1, counters: Counter[str], runners: Sequence[TierRunner] = ()) -> None:
         self._l1, self._counters, self._runners = l1, counters, runners
-        self._not_stores = {one.name for one in runners if one.tier.read_only}
-        """Tiers of other servers' memory: what they have delivered may be gone at any time."""
         self._followers: dict[int, Follower] = {}
         """By process."""
         self._parts: OrderedDict[tuple[int, str, bytes], int] = OrderedDict()
@@ -136,7 +134,7 @@ class Followers:
             self._tell(event.space, "removed", b"")
         elif event.kind in ("stored", "evicted"):
             self._tell(event.space, "stored" if event.kind == "stored" else "removed", event.hashes)
-        elif event.tier in self._not_stores:
+        elif not self._keeps(event.tier):
             return
         elif event.kind in ("written", "loaded"):
             if complete := self._whole(event):
@@ -145,6 +143,11 @@ class Followers:
             for chunk in split_hashes(event.hashes):
                 self._parts.pop((event.space, event.tier, chunk), None)
             self._tell(event.space, "lost", event.hashes)
+
+    def _keeps(self, tier: str) -> bool:
+        """Return whether a tier is attached now, and keeps what it is given. What came from other servers' memory may be gone at
+        any time, and what is still written to a removed tier is of no use to lookups."""
+        return any(one.name == tier and not one.tier.read_only for one in self._runners)
 
     def _dropped(self, tier: str, keys: list[ShardKey]) -> None:
         """Note that a tier has dropped these shards, most likely to make room. Other tiers may have the chunks still."""

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hmac
 import json
+import math
 import re
 import socket
 import threading
@@ -434,7 +435,7 @@ async def _object(request: Request, fields: Mapping[str, type]) -> dict[str, Any
             raise ConfigError(f"the body is larger than {_MOST_BODY_BYTES} bytes")
     try:
         given = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         given = None
     known = ", ".join(f'"{name}"' for name in fields)
     if not isinstance(given, dict) or not given.keys() <= fields.keys():
@@ -442,6 +443,8 @@ async def _object(request: Request, fields: Mapping[str, type]) -> dict[str, Any
     for name, value in given.items():
         if not isinstance(value, fields[name]):
             raise ConfigError(f'"{name}" must be of the type {fields[name].__name__}')
+        if isinstance(value, str) and not value.strip().isprintable():
+            raise ConfigError(f'"{name}" must not contain control characters or halves of surrogate pairs')
     return given
 
 
@@ -456,8 +459,20 @@ async def _ask(call: Callable[[], _T], seconds: float = 0.0) -> _T:
 
 
 def _json(content: dict[str, Any], status_code: int = 200) -> Response:
-    body = json.dumps(content, default=str, ensure_ascii=False, separators=(", ", ": "))
+    dump = functools.partial(json.dumps, default=str, ensure_ascii=False, separators=(", ", ": "), allow_nan=False)
+    try:
+        body = dump(content)
+    except ValueError:  # a counter that is no number, which JSON cannot express
+        body = dump(_without_nan(content))
     return Response(body + "\n", status_code, media_type="application/json")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -109,7 +109,13 @@ class Exporter(Generic[T]):
     def _send(self, batch: Sequence[Span], seconds: float) -> bool:
         """Return whether the batch is done with: it was taken, or will never be."""
         try:
-            status = send(self._url, self._encode(batch), self._headers, seconds)
+            body = self._encode(batch)
+        except Exception:  # a bug, which must not end the thread
+            self.dropped += len(batch)
+            logger.exception("Spans could not be encoded and are dropped; the server goes on without them")
+            return True
+        try:
+            status = send(self._url, body, self._headers, seconds)
         except LMCacheError as error:
             self._complain(str(error))
             return False
@@ -148,7 +154,7 @@ def traces_url(endpoint: str) -> str:
         known = False
     if not known:
         raise ConfigError(f"--otlp-endpoint {redacted(endpoint)}: pass a URL such as http://localhost:4318")
-    return endpoint if parts.path.strip("/") else f"{endpoint.rstrip('/')}/v1/traces"
+    return endpoint if parts.path.strip("/") else parts._replace(path="/v1/traces").geturl()
 
 
 def _headers(text: str) -> dict[str, str]:
@@ -166,10 +172,11 @@ def _encoder(instance: str) -> Callable[[Sequence[Span]], bytes]:
     except ImportError:
         raise ConfigError("--otlp-endpoint: needs opentelemetry-proto: pip install 'lmcache[otel]'") from None
 
+    any_value: Any = AnyValue
+
     def value(one: Value) -> Any:
         kind = {bool: "bool_value", int: "int_value", float: "double_value"}.get(type(one), "string_value")
-        named: dict[str, Any] = {kind: one}
-        return AnyValue(**named)
+        return any_value(**{kind: one})
 
     def attributes(given: Mapping[str, Value]) -> list[Any]:
         return [KeyValue(key=name, value=value(one)) for name, one in given.items()]

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from itertools import islice
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 from lmcache import __version__
 from lmcache.cache import KINDS
@@ -24,6 +24,8 @@ REPORTED_FETCHES = 16
 """How many records of fetches /status contains. /fetches returns all records that are kept."""
 _OPEN_TIER_SECONDS, _REMOVE_TIER_SECONDS = 20.0, 20.0
 """How long a caller waits for a tier to open or to be closed; the server goes on with it afterwards."""
+_SEND_CREDENTIALS = "az", "gs"
+"""Schemes of stores that are sent a token or signature that is valid elsewhere, too; S3 gets signatures of single requests."""
 _CLEAR_TIERS_SECONDS = 25.0
 """Timeout of clearing tiers, below the timeout of the HTTP endpoint."""
 
@@ -336,12 +338,16 @@ class Report:
 
 
 def _check_reads_no_secrets(url: str) -> None:
-    """Check that a URL that came over HTTP makes the server read neither its environment nor files with secrets: whoever names a
-    store could have them sent there."""
-    try:
-        options = [name for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)]
-    except ValueError:
-        options = []  # it is no URL, which whoever makes the tier says
+    """Check that a URL that came over HTTP makes the server read neither its environment nor files with secrets, and send no
+    credentials of its own to a place that the URL names: whoever names a store could have them sent there."""
+    scheme, _, rest = url.partition("://")
+    # Not `urlsplit`, which refuses lists of hosts that a tier may have.
+    options = [name for name, _ in parse_qsl(rest.partition("?")[2], keep_blank_values=True)]
+    if scheme in _SEND_CREDENTIALS and "endpoint" in options:
+        raise ConfigError(
+            f"over HTTP the URL of a tier may not name the endpoint of {scheme}://, to which the server would send its own "
+            "credentials: write the tier into the server's configuration file, and send SIGHUP"
+        )
     if "${" in unquote(url) or any(name.endswith("_file") for name in options):
         raise ConfigError(
             "over HTTP the URL of a tier may name neither ${VARIABLES} of the server nor files with secrets (..._file=): write "

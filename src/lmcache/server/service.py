@@ -14,7 +14,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from lmcache.cache import KINDS, L1, TIER_KINDS, Event, Hit, Refusal, TooSmall
-from lmcache.cache.accounts import Accounts
+from lmcache.cache.accounts import MOST_TOKENS, Accounts
 from lmcache.cache.heart import MAX_SHARDS
 from lmcache.cache.lifetimes import Lifetimes
 from lmcache.cache.promises import Asker
@@ -350,8 +350,11 @@ class Service:
 
     def _copied(self, peer: Peer, request: m.Copied) -> m.Message:
         name = m.request_name(request.request)
-        if request.tokens < 0 or not 0 <= request.seconds < MAX_COPY_SECONDS:
-            raise Refusal(f"{request.tokens} tokens in {request.seconds} seconds are out of range")
+        in_range = 0 <= request.tokens < MOST_TOKENS and 0 <= request.shard < MAX_SHARDS
+        if not (in_range and 0 <= request.seconds < MAX_COPY_SECONDS):
+            raise Refusal(
+                f"{request.tokens} tokens of shard {request.shard} in {request.seconds} seconds are out of range"
+            )
         for listener in self.on_copied:
             listener(peer, request)
         if not request.ok:

@@ -97,7 +97,6 @@ class TierReport:
 
     def describe(self, record: FetchRecord) -> dict[str, object]:
         """Return a fetch's record with the names of the tiers. JSON types only."""
-        expected = record.expected_seconds
 
         def name(tier: int) -> str:
             return "other engines" if tier == AWAITED else self._names.get(tier, REMOVED)
@@ -109,8 +108,8 @@ class TierReport:
             "ended_seconds_ago": round(self._now() - record.ended, 1),
             "asked_chunks": record.asked_chunks,
             "l1_chunks": record.l1_chunks,
-            "expected_seconds": None if expected is None or math.isinf(expected) else round(expected, 6),
-            "recompute_seconds": None if record.recompute_seconds is None else round(record.recompute_seconds, 6),
+            "expected_seconds": _finite(record.expected_seconds),
+            "recompute_seconds": _finite(record.recompute_seconds),
             "decision": record.decision,
             "waited_seconds": round(record.waited_seconds, 6),
             "outcome": record.outcome,
@@ -133,7 +132,7 @@ class TierReport:
             if kind in ("fetches", "awaits") and reason:
                 out[f'{kind}_by_end_total{{reason="{reason}"}}'] = value
             elif kind == "late_answers":
-                out[f'fetched_chunks_late_answers_total{{tier="{self._runners[int(reason)].name}"}}'] = value
+                out[f'fetched_chunks_late_answers_total{{tier="{reason}"}}'] = value
             elif not reason:
                 out[f"{'fetches' if kind == 'fetches' else f'fetched_chunks_{kind}'}_total"] = value
         last = self._fetches.last
@@ -154,13 +153,17 @@ class TierReport:
             if runner.coder is not None:
                 out[f"tier_encoded_bytes_total{label}"] = runner.coder.raw_bytes
                 out[f"tier_encoded_stored_bytes_total{label}"] = runner.coder.stored_bytes
-        counted = {runner.name: (runner.counters, runner.queue.counters) for runner in (*self._leaving, *self._runners)}
-        for tier, both in (self.gone | counted).items():
+        for tier, both in self.counted().items():
             for name, value in (*both[0].items(), *both[1].items()):
                 kind, _, reason = name.partition(":")
                 labels = f'{{tier="{tier}",reason="{reason}"}}' if reason else f'{{tier="{tier}"}}'
                 out[f"tier_{kind}_total{labels}"] = value
         return out
+
+    def counted(self) -> dict[str, tuple[Counter[str], Counter[str]]]:
+        """Return the counters of each tier and of its queue by name, with those of removed tiers, which go on if they return."""
+        joined = [one for one in (*self._leaving, *self._runners) if one in self._losses]  # not one that never opened
+        return self.gone | {one.name: (one.counters, one.queue.counters) for one in joined}
 
     def leaving(self) -> list[dict[str, object]]:
         """Return the tiers that are being removed. JSON types only."""
@@ -215,6 +218,11 @@ class TierReport:
             if left > self._unwritten[runner.name]:
                 logger.warning("Tier %s: %d chunks could not be written before the server ended", runner.name, left)
                 self._unwritten[runner.name] = left
+
+
+def _finite(seconds: float | None) -> float | None:
+    """Return seconds for JSON, which has no infinity: a rate that an engine tells may be as good as 0."""
+    return None if seconds is None or not math.isfinite(seconds) else round(seconds, 6)
 
 
 def _losses(new: Counter[str]) -> list[str]:

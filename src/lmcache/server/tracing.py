@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from lmcache.cache.accounts import Account
 from lmcache.runtime import Runtime
 from lmcache.server.otlp import Exporter, Span, Value
@@ -79,11 +81,14 @@ class Tracing:
         """Note that a rank has loaded or stored."""
         if copied.request:
             name = m.request_name(copied.request)
-            self.exporter.put(Note(copied.kind, self._wall(), peer.instance, name, copied=copied))
+            short = msgspec.structs.replace(
+                copied, request=""
+            )  # a name may be as long as a message, and many notes wait
+            self.exporter.put(Note(copied.kind, self._wall(), peer.instance, name, copied=short))
 
     def ended(self, peer: Peer, request: str) -> None:
         """Note that a request has ended."""
-        self.exporter.put(Note("ended", self._wall(), peer.instance, request))
+        self.exporter.put(Note("ended", self._wall(), peer.instance, m.request_name(request)))
 
     def counters(self) -> dict[str, float]:
         """Return the counters for /metrics."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 
-from lmcache.config.options import word
+from lmcache.config.options import label, word
 from lmcache.errors import ConfigError
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers.adapters import instead_of_scheme, url_of_adapter
@@ -68,7 +68,7 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
         raise ConfigError(f"{url.redacted}: write={write}: {url.scheme}:// only reads; leave `write` out")
     admit = url.take("admit", word(*ADMISSIONS), "all")
     read = url.take("read", word("yes", "no"), "yes") == "yes"
-    name = url.take("name", str, url.scheme)
+    name = url.take("name", label, url.scheme)
     codec = "none"
     if kind.codecs or url.options.get("codec") in ("none", NAIVE):
         codec = url.take("codec", word(*OPTIONS, NAIVE, *LOSSY), "auto")

@@ -20,9 +20,11 @@ from lmcache.config.given import check_secret_file
 from lmcache.config.hosts import in_url
 from lmcache.config.options import GIB, number, redacted_url
 from lmcache.errors import ConfigError
+from lmcache.observability.log import printable
 from lmcache.runtime import RUNTIME, Runtime
 
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
+_MOST_SHOWN = 2000
 _PUBLIC = frozenset(
     [
         "max_gb",
@@ -79,7 +81,7 @@ class TierURL:
 
     @property
     def redacted(self) -> str:
-        """The URL for people, without the password and without options that may be secret."""
+        """The URL for people and for one line of a log, without the password and without options that may be secret."""
         who = f"{self.username}:***@" if self.password else f"{self.username}@" if self.username else ""
         host = in_url(self.host)
         shown = (
@@ -88,7 +90,7 @@ class TierURL:
         )
         query = "&".join(shown)
         port = f":{self.port}" if self.port is not None else ""
-        return f"{self.scheme}://{who}{host}{port}{self.path}" + (f"?{query}" if query else "")
+        return printable(f"{self.scheme}://{who}{host}{port}{self.path}" + (f"?{query}" if query else ""), _MOST_SHOWN)
 
     def folder(self, example: str) -> Path:
         """Return the path, of a tier in the file system. example: such a path, for the message.

@@ -37,7 +37,7 @@ def ask(
     status, body = _call(url, path, method, token, seconds, content)
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         raise ServerRefused(f"{url}{path} answered {status}, but not as LMCache does: pass the --url of lmcache server")
