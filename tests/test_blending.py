@@ -52,9 +52,21 @@ def test_passages_of_a_prompt() -> None:
     blending = Blending(separator=(9,), min_tokens=3)
     prompt = [1, 9, 1, 2, 3, 9, 1, 2, 9, 4, 5, 6, 7, 9, 1]
     assert blending.passages(prompt) == ([Passage(2, 5), Passage(9, 13)], 14)
-    assert blending.passages([1, 2, 3]) == ([], 3) and blending.passages(prompt[:6]) == ([Passage(2, 5)], 6)
+    assert blending.passages([1, 2, 3]) == ([], 3) and blending.passages(prompt[:7]) == ([Passage(2, 5)], 6)
+    # The last token is always of the question.
+    assert blending.passages(prompt[:6]) == ([Passage(2, 5)], 5) and blending.passages([1, 9]) == ([], 1)
+    assert blending.passages(prompt, [0, 5, 15]) == ([Passage(0, 5)], 14)
     assert blending.passages(prompt, [0, 5, 14]) == ([Passage(0, 5), Passage(5, 14)], 14)
     assert len(blending.passages([9, 1, 2, 3] * 1000)[0]) == MOST_PASSAGES
+
+
+@given(st.lists(st.integers(0, 300), max_size=100), st.integers(1, 200))
+def test_all_passages_have_room(lengths: list[int], min_tokens: int) -> None:
+    blending, ends = Blending(min_tokens=min_tokens), [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    passages, _ = blending.passages(range(ends[-1] + 1), ends)
+    assert sum(-(-part.tokens // 64) * 64 for part in passages) <= blending.room(ends[-1] + 1, 64)
 
 
 @pytest.mark.parametrize(

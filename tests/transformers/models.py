@@ -368,12 +368,12 @@ def do_attach_blending(state: State, connected: bool = True, **options: Any) -> 
     return answer | {"blending_refusal": state.attached.blending_refusal}
 
 
-def _documents(seeds: list[int], beginning: int = 10, length: int = 70) -> torch.Tensor:
+def _documents(seeds: list[int], beginning: int = 10, length: int = 70, question: int = 12) -> torch.Tensor:
     """A beginning, documents between separators, and a question. Documents are of `length` tokens or a few more."""
     parts = [prompt(beginning, 900)[0] % 8000]
     for seed in seeds:
         parts += [torch.tensor(SEPARATOR, device=DEVICE), prompt(length + seed, seed)[0] % 8000]
-    parts += [torch.tensor(SEPARATOR, device=DEVICE), prompt(12, 901)[0] % 8000]
+    parts += [torch.tensor(SEPARATOR, device=DEVICE), prompt(question, 901)[0] % 8000]
     return torch.cat(parts)[None]
 
 
@@ -480,6 +480,34 @@ def _turn_errors(model: Any) -> list[float]:
         places = (torch.tensor([place], device=DEVICE) for place in (5, 1305))
         errors.append(float((turns[0].turned(come, *places).float() - go.float()).norm() / go.float().norm()))
     return errors
+
+
+def do_turns_of_odd_keys(state: State) -> dict[str, list[str]]:
+    """How keys of models of two layers turn, of which the first has keys with a few elements that are much larger than all others
+    (in bfloat16), no keys but zeros of the tried token, or no keys but zeros of the first ones."""
+    import transformers as hf
+    from lmcache.errors import LayoutError
+    from lmcache.integration.transformers import rope
+    from lmcache.integration.transformers.model import kv_shape
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    found = {}
+    for name in ("outliers", "zeros", "first zeros"):
+        torch.manual_seed(0)
+        config = hf.LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(DEVICE).eval()
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.bias.normal_()
+            if name == "outliers":  # in the pairs that turn least
+                model.model.layers[0].self_attn.k_proj.bias[7::8] = 300.0
+            else:
+                model.model.embed_tokens.weight[: 4 if name == "first zeros" else None] = 0
+        try:
+            found[name] = [turn.pairs for turn in rope.turns_of(model, kv_shape(model))]
+        except LayoutError as error:
+            found[name] = [str(error)]
+    return found
 
 
 def do_own_cache(state: State, ids: list[int]) -> dict[str, Any]:

@@ -26,6 +26,16 @@ def test_all_computed_again_is_a_cold_run(server: Servers, user: Any) -> None:
     apart = user.ask("blend", documents=[3, 5, 1, 6])  # two that are not there, behind one that is
     assert apart["blended"] == 73 + 71 and apart["recomputed"] == 73 + 71 and apart["stored"] == 75 + 76
     assert apart["same"] and apart["difference"] < TOLERANCE
+    ends = user.ask("blend", documents=[3, 1], question=0)  # the answer goes on from the last separator
+    assert ends["blended"] == 73 + 71 and ends["same"] and ends["difference"] < TOLERANCE
+
+
+def test_all_passages_of_a_full_pool(server: Servers, user: Any) -> None:
+    """Each is stored and found, although they begin at new blocks, and together with these gaps are longer than the prompt."""
+    one, documents = server(l1=256, chunk=16), list(range(1, 12))
+    user.ask("attach_blending", address=one.address, blending=SMALL)
+    user.ask("blend", documents=documents)
+    assert user.ask("blend", documents=documents[::-1])["blended"] == sum(70 + number for number in documents)
 
 
 def test_one_layer_of_every_kind_of_rope(server: Servers, user: Any) -> None:
@@ -40,6 +50,13 @@ def test_one_layer_of_every_kind_of_rope(server: Servers, user: Any) -> None:
     assert "'dynamic'" in found["dynamic"]["refusal"]
     for name in ("no rope", "window", "dynamic"):
         assert not found[name]["blended"] and found[name]["same"] and found[name]["difference"] < TOLERANCE, name
+
+
+def test_keys_that_say_little_of_their_turn(user: Any) -> None:
+    """A layer is not taken for one whose keys do not turn because its largest elements turn little, or because it has no keys."""
+    found = user.ask("turns_of_odd_keys")
+    assert found["outliers"] == found["first zeros"] == ["halves", "halves"]
+    assert "layer 0 do not turn" in found["zeros"][0]
 
 
 def test_each_way_to_choose(server: Servers, user: Any) -> None:

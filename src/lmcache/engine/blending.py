@@ -70,7 +70,8 @@ class Blending:
         """Return the passages of a prompt that may be blended, and the token at which the text behind the last one begins.
 
         The text before the first separator is the beginning of the prompt, and the one behind the last is its question: neither
-        is a passage. boundaries: in place of separators, where passages begin, and last where the question does.
+        is a passage. The last token is always of the question, since the answer begins with its logits; a passage that it is in
+        is computed. boundaries: in place of separators, where passages begin, and last where the question does.
 
         Raises:
             ValueError: as `cut`.
@@ -78,8 +79,13 @@ class Blending:
         parts = between(token_ids, self.separator) if boundaries is None else cut(len(token_ids), boundaries)
         if len(parts) < 2:
             return [], len(token_ids)
-        long_enough = [part for part in parts[1:-1] if part.tokens >= self.min_tokens]
-        return long_enough[:MOST_PASSAGES], parts[-1].start
+        end = min(parts[-1].start, len(token_ids) - 1)
+        long_enough = [part for part in parts[1:-1] if part.tokens >= self.min_tokens and part.end <= end]
+        return long_enough[:MOST_PASSAGES], end
+
+    def room(self, tokens: int, block_tokens: int) -> int:
+        """Return the tokens of room that the passages of a prompt of `tokens` tokens may take if each begins a new block."""
+        return tokens + (block_tokens - 1) * min(MOST_PASSAGES, tokens // self.min_tokens)
 
 
 @dataclass(frozen=True)

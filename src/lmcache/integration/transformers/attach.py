@@ -30,7 +30,7 @@ from lmcache.errors import LayoutError
 from lmcache.integration.transformers.blend import Blender, given_blending
 from lmcache.integration.transformers.model import kv_shape, refuse_unsupported, served_kv
 from lmcache.integration.transformers.passages import Passages
-from lmcache.integration.transformers.pool import PLACES, Pool, pooled_layers
+from lmcache.integration.transformers.pool import BLOCK_TOKENS, PLACES, Pool, pooled_layers
 from lmcache.observability.log import init_logger
 from transformers import DynamicCache
 
@@ -398,7 +398,8 @@ class Attached:
         shape, step = self._shape, max(_ROOM_TOKENS, 1 << max(0, room.bit_length() - 3))
         identity = self._identified()
         tokens = -(-room // step) * step
-        self._pool = Pool(shape, tokens, tokens if self._blender is not None else 0)
+        apart = self._blender.settings.room(tokens, BLOCK_TOKENS) if self._blender is not None else 0
+        self._pool = Pool(shape, tokens, apart)
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
         first, *others = served_kv(self._model, shape, self._pool, identity)
         self._rank = LocalRank(self._endpoint, first, threads=threads, ended=self._ended, others=others)
