@@ -79,9 +79,7 @@ class Passages:
         ends = now() + deadline_seconds
         wanted: list[tuple[_Part, Passage]] = []
         for part in self._parts:
-            if (
-                now() > ends
-            ):  # a server that answers each lookup late would otherwise hold up the prompt for each passage
+            if now() > ends:  # each lookup may be answered late
                 break
             start, end = part.passage
             requests.find(part.request, self._tokens[start:end], wait=True, wait_seconds=max(0.0, ends - now()))
