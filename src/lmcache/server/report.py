@@ -186,7 +186,16 @@ class Report:
         return self._loop.ask(self._status)
 
     def counters(self) -> dict[str, float]:
-        return self._loop.ask(self._counters)
+        """Return the counters of /metrics: those of /status, the histograms, and the public project's names."""
+        return self._loop.ask(self._metrics)
+
+    def _metrics(self) -> dict[str, float]:
+        service, out = self._service, self._counters()
+        if service.lifetimes is not None:
+            out |= service.lifetimes.counters()
+        if service.earlier_names is not None:
+            out |= service.earlier_names.counters()
+        return out
 
     def _status(self) -> dict[str, object]:
         service, l1, arena, now = self._service, self._service.l1, self._service.l1.arena, self._loop.now()
@@ -301,12 +310,8 @@ class Report:
             out |= service.predicting.counters()
         if service.tiering is not None:
             out |= service.tiering.report.counters()
-        if service.lifetimes is not None:
-            out |= service.lifetimes.counters()
         if service.tracing is not None:
             out |= service.tracing.counters()
-        if service.earlier_names is not None:
-            out |= service.earlier_names.counters()
         out["loop_errors_total"] = self._loop.errors
         out |= {
             "chunks": l1.chunks,
