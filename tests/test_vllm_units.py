@@ -74,12 +74,17 @@ class Session:
         self.closed = False
 
     def new_chain(
-        self, cache_salt: str = "", lora_name: str = "", lora_id: str = "", extras: Extras | None = None
+        self,
+        cache_salt: str = "",
+        lora_name: str = "",
+        lora_id: str = "",
+        extras: Extras | None = None,
+        passage: str = "",
     ) -> TokenChain | None:
         self.salts.append(cache_salt)
         if self.chunk_tokens is None:
             return None
-        return TokenChain(chunk_root(b"f" * 16, cache_salt, lora_name, lora_id), self.chunk_tokens, extras)
+        return TokenChain(chunk_root(b"f" * 16, cache_salt, lora_name, lora_id, passage), self.chunk_tokens, extras)
 
     def poll(
         self,
@@ -96,6 +101,7 @@ class Session:
         tokens: int = 0,
         loads: bool = True,
         trace: str = "",
+        passage: bool = False,
     ) -> Hit | Loading | None:
         self.traces.append(trace)
         self.tails.append((bool(tail), bool(tail) and stores_tail))
