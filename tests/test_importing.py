@@ -40,16 +40,23 @@ def test_the_file_of_an_engine(imported: Import) -> None:
         "numa_mode: auto\nfrobnicate: 3\ninternal_api_server_port_start: 7000\nuse_layerwise: true\n"
     )
     assert (config.chunk_size, config.l1_size_gb, config.http_port) == (128, 40.0, 7000)
-    assert config.l2 == ("disk:///data/x?max_gb=100", "redis://:pw@h:6379")
+    assert config.l2 == ("disk:///data/x?max_gb=100", "redis://:pw@h:6379?codec=cachegen")
     for name, why in (
         ("save_decode_cache: true", "an engine that shares a daemon has no such setting"),
-        ("enable_blending: true", "is not supported: only prefixes are reused"),
-        ("remote_serde: cachegen", "KV is stored uncompressed"),
+        ("enable_blending: true", "no effect: blending is not there yet under this engine"),
         ("numa_mode: auto", "no effect"),
         ("frobnicate: 3", "not a setting"),
     ):
         assert f"# left out: {name}: {why}" in text
     assert "use_layerwise" not in text and "local_cpu: true" not in text, "they are what happens anyway"
+
+
+def test_a_store_that_further_settings_complete(imported: Import) -> None:
+    config, _ = imported(
+        "max_local_cpu_size: 1\nremote_url: 'mooncakestore://10.0.0.1:50051/'\n"
+        "extra_config: {local_hostname: host-a, global_segment_size: 1GB}\n"
+    )
+    assert config.l2 == ("mooncakestore://10.0.0.1:50051?hostname=host-a&segment_gb=1",)
 
 
 def test_the_manifest_of_the_operator(imported: Import) -> None:
@@ -120,8 +127,9 @@ def test_every_reason_is_that_of_the_two_tables(imported: Import) -> None:
     keys = "".join(f"{one.flag.lstrip('-')}: 1\n" for one in EARLIER_FLAGS if not one.accepted)
     _, text = imported(f"l1-size-gb: 1\n{keys}")
     assert all(f"# left out: {one.flag} 1: " in text and one.said in text for one in EARLIER_FLAGS if not one.accepted)
+    numbers = ("blend_recompute_ratios", "blend_check_layers")
     ignored = [
-        row for row in ROWS if row.effect.startswith("no effect") and row.default is None and row.name != "extra_config"
+        row for row in ROWS if row.effect.startswith("no effect") and row.default is None and row.name not in numbers
     ]
     _, text = imported("max_local_cpu_size: 1\n" + "".join(f"{row.name}: x\n" for row in ignored))
     assert all(f"# left out: {row.name}: x: {' '.join(row.effect.split())}" in text for row in ignored)

@@ -70,7 +70,7 @@ _ENGINE_TO_SERVER = {
     "internal_api_server_host": "http_host",
     "internal_api_server_port_start": "http_port",
 }
-_TIERS = "local_disk", "max_local_disk_size", "remote_url"
+_TIERS = "local_disk", "max_local_disk_size", "remote_url", "remote_serde", "extra_config"
 _OF_ENGINES = "an engine that shares a daemon has no such setting: leave it out, or keep the file for in-process mode"
 
 
