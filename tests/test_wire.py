@@ -50,6 +50,7 @@ REQUESTS = [
     m.Challenge(bytes(32)),
     m.Declined("why", "i", "worker", 0, 7, 8),
     m.TakeNews(),
+    m.Differs("chatcmpl-1", 37),
     m.Has(bytes(16), 1, bytes(32)),
     m.Pull(bytes(16), 2, 1, bytes(32)),
 ]
