@@ -119,7 +119,7 @@ def test_the_screen_of_a_terminal_refreshes_outlives_its_server_and_ends(server:
 
 
 def test_a_screen_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 5)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((20, 5)))  # pytest asks, too
     top.paint(["x" * 100, "\x1b[31mred", *"abcdefgh"])
     lines = capsys.readouterr().out.split("\r\n")
     assert len(lines) == 5 and lines[0] == "\x1b[H" + "x" * 19 + "\x1b[K" and "\x1b[31m" not in lines[1]
