@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import zmq
+from prometheus_client.parser import text_string_to_metric_families
 
 from lmcache.cache import L1
 from lmcache.chunks import Layout
@@ -198,6 +199,12 @@ class Server(Process):
     def counters(self) -> dict[str, float]:
         counters: dict[str, float] = self.status()["counters"]
         return counters
+
+    def metrics(self) -> dict[str, float]:
+        """Name -> value of /metrics, which has more than the counters of /status; without labels, so of several the last."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=PATIENCE) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        return {one.name: one.value for family in families for one in family.samples}
 
     def clear(self) -> None:
         request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}/clear-cache", method="POST")

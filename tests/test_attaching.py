@@ -241,9 +241,13 @@ def test_the_earlier_metrics_count_on_when_a_tier_is_removed_and_comes_back(
     one, url = engine(cache), f"dir://{folders('/tmp')}/store"
 
     def told() -> list[float]:
-        read = {name.partition("{")[0]: value for name, value in cache.counters().items()}
-        hits = [read[f"mp_lookup_hit_{level}_tokens_total"] for level in ("l1", "l2")]
-        return [*hits, read["mp_l1_read_chunks_total"], read["mp_l2_prefetch_load_completed_chunks_total"]]
+        read = cache.metrics()
+        hits = [read[f"lmcache_mp_lookup_hit_{level}_tokens_total"] for level in ("l1", "l2")]
+        return [
+            *hits,
+            read["lmcache_mp_l1_read_chunks_total"],
+            read["lmcache_mp_l2_prefetch_load_completed_chunks_total"],
+        ]
 
     assert called(cache, "POST", "/tiers", json={"url": url}).status_code == 200
     one.store(TOKENS)

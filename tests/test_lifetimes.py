@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 import sys
 import tracemalloc
-import urllib.request
 from collections.abc import Callable
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from lmcache.cache import lifetimes
 from lmcache.cache.events import Event, Events
@@ -100,13 +98,6 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(one.lives) == 20_000 and taken < 20_000 * SAMPLED_BYTES + sys.getsizeof(hashes)
 
 
-def metrics(server: Server) -> dict[str, float]:
-    """Name -> value of /metrics, without labels."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics") as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-    return {one.name: one.value for family in families for one in family.samples}
-
-
 def test_a_server_has_them_unless_it_remembers_nothing(server: Callable[..., Server]) -> None:
     for flags, there in (((), True), (("--records-mb", "0"), False)):
         cache = server(l1=1.03, flags=flags)
@@ -116,9 +107,9 @@ def test_a_server_has_them_unless_it_remembers_nothing(server: Callable[..., Ser
         found = raw.ask(m.Lookup(raw.space, chunks, 0, request="r"))
         raw.ask(m.Release([found.lease]))
         if there:  # a hit is told when the loop is idle
-            eventually(lambda cache=cache: metrics(cache)["lmcache_chunk_first_hit_age_seconds_count"] == 12)
+            eventually(lambda cache=cache: cache.metrics()["lmcache_chunk_first_hit_age_seconds_count"] == 12)
         raw.store(sampled(*range(100, 112)))
-        told = metrics(cache)
+        told = cache.metrics()
         assert ("lmcache_chunk_reuses_count" in told) == there
         assert not any("_bucket" in name for name in cache.counters()), "/status has no histograms"
         if there:
