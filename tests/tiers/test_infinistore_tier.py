@@ -214,7 +214,7 @@ def test_nobody_there_a_frozen_server_and_one_that_restarts(own_infinistore: Inf
     assert not waiting.done()
     server.thaw()
     assert waiting.result(PATIENCE) == [OK] * 2 and server.lives
-    server.end()
+    server.kill()
     assert reason_of(lambda: load(tier, shards)) == "unreachable"
     server.start()
     assert load(tier, shards) == [ABSENT] * 2 and tier.store(shards) == [OK] * 2 and load(tier, shards) == [OK] * 2

@@ -5,20 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from lmcache.errors import ConfigError
 from lmcache.testing.conformance import ConformanceSuite
 from lmcache.tiers import ShardKey, Tier
 from lmcache.tiers.registry import make_tier
 from lmcache.tiers.tier import TierBase
-from stores import MooncakeClient, MooncakeMaster
+from stores import MooncakeClient, MooncakeMaster, prefix_of
 
 pytestmark = pytest.mark.xdist_group("mooncake")
-
-
-def prefix_of(place: Path) -> str:
-    return xxhash.xxh3_64_hexdigest(str(place).encode())
 
 
 class TestMooncake(ConformanceSuite):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import time
@@ -50,6 +51,13 @@ def connect(host: str, port: int, timeout_seconds: float) -> socket.socket:
         except OSError as error:
             refusals.append(error)
     raise refusals[0]
+
+
+def is_quiet(connection: socket.socket) -> bool:
+    """Return whether nothing has arrived, as an idle connection requires. One that the other side has closed is not quiet."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return not poll.poll(0)
 
 
 def seconds_left(deadline: float) -> float:

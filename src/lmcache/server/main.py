@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lmcache.server.http import HttpEndpoint
+    from lmcache.tiers.adapters import Translated
     from lmcache.tiers.registry import TierSpec
 
 logger = init_logger(__name__)
@@ -94,20 +95,18 @@ def _end_at_once(fault: BaseException | None) -> NoReturn:
     os._exit(0 if fault is None else 2 if isinstance(fault, ConfigError) else 1)
 
 
-def _urls_of(config: ServerConfig, is_first: bool = False) -> list[str]:
-    """Return the URLs of all configured tiers, nearest first. If `is_first`, log which tiers serve stores of other names.
-
-    Raises:
-        ConfigError: JSON that is no tier.
-    """
+def _translated(config: ServerConfig) -> list[Translated]:
+    """Return the tiers that serve the stores of `--l2-adapter`. Raises ConfigError for JSON that is no tier."""
     if not config.l2_adapter:
-        return list(config.tier_urls)
+        return []
     from lmcache.tiers.adapters import url_of_adapter  # imported late, since most servers have no tiers
 
-    translated = [*map(url_of_adapter, config.l2_adapter)]
-    for line in (line for one in translated for line in one.said if is_first):
-        logger.warning("%s", line)
-    return [*config.tier_urls, *(one.url for one in translated)]
+    return [url_of_adapter(text) for text in config.l2_adapter]
+
+
+def _urls_of(config: ServerConfig) -> list[str]:
+    """Return the URLs of all configured tiers, nearest first. Raises ConfigError for JSON that is no tier."""
+    return [*config.tier_urls, *(one.url for one in _translated(config))]
 
 
 def _tiers_of(config: ServerConfig, runtime: Runtime, server_id: bytes, urls: list[str]) -> list[TierSpec]:
@@ -174,7 +173,9 @@ def start(
 ) -> Loop:
     """Start every part. `started` collects the callbacks that stop them, in order. reload: as for `serve`."""
     server_id = secrets.token_bytes(16)
-    urls = _urls_of(config, is_first=True)
+    urls = _urls_of(config)
+    for line in (line for one in _translated(config) for line in one.said):
+        logger.warning("%s", line)
     specs = _tiers_of(config, runtime, server_id, urls)  # first, since a wrong URL must fail before anything is created
     loop = Loop(runtime)
     for number in (signal.SIGINT, signal.SIGTERM):

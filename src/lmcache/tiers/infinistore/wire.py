@@ -7,7 +7,6 @@ A request is a magic number, a letter, the length of a body, and the body, which
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import struct
 import threading
@@ -15,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from lmcache.config.hosts import connect, in_url, seconds_left
+from lmcache.config.hosts import connect, in_url, is_quiet, seconds_left
 from lmcache.tiers.tier import TierError
 
 _SKIPPED_BYTES = 64 << 10
@@ -77,10 +76,8 @@ class Connection:
             self._socket.close()
 
     def is_quiet(self) -> bool:
-        """Return whether nothing has arrived, as an idle connection requires. One that the server has closed is not quiet."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return not poll.poll(0)
+        """Return whether the connection can be used for another request."""
+        return is_quiet(self._socket)
 
     def exist(self, keys: Sequence[bytes]) -> list[bool]:
         """Return which values exist, complete or not, in one round trip. At most some 500 keys."""

@@ -7,7 +7,6 @@ redis-py is not used: it joins a value from small pieces, and the caller copies 
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import ssl
 import threading
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from lmcache.config.hosts import connect, seconds_left
+from lmcache.config.hosts import connect, is_quiet, seconds_left
 from lmcache.observability.log import printable
 from lmcache.tiers.redis.remedies import remedy_of
 from lmcache.tiers.tier import TierError
@@ -118,10 +117,8 @@ class Connection:
             self._socket.close()
 
     def is_quiet(self) -> bool:
-        """Return whether nothing has arrived, as an idle connection requires. One that the server has closed is not quiet."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return self._from == self._to and not self._out and not poll.poll(0)
+        """Return whether the connection can be used for another command."""
+        return self._from == self._to and not self._out and is_quiet(self._socket)
 
     # ---- requests
 
