@@ -29,11 +29,11 @@ from lmcache.wire.http_client import ask
 MOST_REQUESTS, MOST_TOKENS, MOST_CONCURRENT = 100_000, 1_000_000, 1024
 _MOST_EVENT_BYTES = 4 << 20
 _STRANGE = ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError
-"""What reading an answer raises that is built otherwise than an engine's."""
+"""The errors that an answer raises when it is read as an engine's and is not one."""
 _MOST_ERROR_BYTES = 2000
 _PAGE = 500
 _SETTLE_SECONDS = 10.0
-"""How long to wait for the server's records of the last requests."""
+"""The benchmark waits so long for the server's records of the last requests."""
 
 
 @dataclass(frozen=True)

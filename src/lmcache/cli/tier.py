@@ -38,7 +38,7 @@ _CHANGE_SECONDS = 35.0
 """A longer deadline for changes, for which the server has 25 s."""
 _PAUSE_SECONDS, _POLL_SECONDS = 60.0, 0.2
 _CLOSE_SECONDS = 10.0
-"""How long `remove` waits after the drain for the tier to be closed."""
+"""When the drain has ended, `remove` waits so long for the tier to be closed."""
 
 
 def add_verb(verbs: Verbs) -> None:

@@ -105,12 +105,12 @@ class Blend:
 
     @property
     def tokens(self) -> int:
-        """How many tokens have blended KV, those that are computed again among them."""
+        """Return how many tokens have blended KV, with those that are computed again."""
         return sum(part.tokens for part in self.blended)
 
     @property
     def gaps(self) -> list[Passage]:
-        """What has no KV before the question."""
+        """Return the parts of the prompt before the question that have no KV yet."""
         ends, starts = [self.have, *(part.end for part in self.blended)], [part.start for part in self.blended]
         gaps = [Passage(*both) for both in zip(ends, [*starts, self.end], strict=True)]
         return [gap for gap in gaps if gap.tokens]

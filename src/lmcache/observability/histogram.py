@@ -17,7 +17,7 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many values there were."""
+        """Return how many values were noted."""
         return sum(self._counts)
 
     def __add__(self, other: Histogram) -> Histogram:

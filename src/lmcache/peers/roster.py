@@ -48,7 +48,7 @@ class Roster:
         """The addresses of each name, of the last look-up that has found any."""
         self._resolving, self._resolved_at = False, float("-inf")
         self._left_out = 0
-        """How many addresses are too many."""
+        """The number of addresses that are not used, since a name has more than a server connects to."""
         self._closed = False
 
     @property

@@ -167,7 +167,7 @@ def _of_another_page(scope: Message, local: bool) -> bool:
 
 @asynccontextmanager
 async def _while_listening(receive: Receive) -> AsyncIterator[None]:
-    """What runs inside ends when the client hangs up."""
+    """Run the body of the `with` statement, and cancel it when the client hangs up."""
     async with anyio.create_task_group() as group:
         group.start_soon(_end_with_client, receive, group.cancel_scope)
         yield

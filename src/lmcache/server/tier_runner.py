@@ -91,9 +91,9 @@ class TierRunner:
         self._executors: list[Executor] = []
         self._submitter = submitter(self.tier, self.name, self._executor, loop.now)
         self.coder = self._submitter.coder if isinstance(self._submitter, BlockingAdapter) else None
-        """What encodes for the tier; None for tiers that do not block."""
+        """The coder encodes what the tier stores. Only tiers that block have one."""
         self.touches = Touches() if spec.write != "none" and spec.admit != "all" else None
-        """What a tier that is given only what is wanted a second time has been offered; None for other tiers."""
+        """The chunks that this tier has been offered, if it is given only what is wanted a second time; else None."""
         self._under_way: dict[_Call, None] = {}
         """The operations that were submitted and have not ended, oldest first."""
         self._usage = Usage(0, 0, None)
