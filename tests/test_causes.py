@@ -274,6 +274,5 @@ def test_a_tier_that_does_not_answer_or_is_gone_is_a_reason(
     finally:
         proxy.close()
         store.end()
-    eventually(lambda: one.cache.status()["tiers"][0]["state"] != "serving")
-    record = one.told(other)
-    assert record["missed"] == {"tier_down": 64}, (record, one.cache.status()["tiers"])
+    # The frozen question may still be under way, or its failure may be the first: a few lookups more ask the dead store again.
+    eventually(lambda: one.told(other)["missed"] == {"tier_down": 64})
