@@ -96,7 +96,10 @@ class Engine:
 
         group = RankGroup(layout, self.shard, self._describe(), stages=tuple(stages))
         shape = GroupShape(layout, shards, stages=tuple(stages))
-        self.scheduler = SchedulerSession(endpoint("scheduler"), shape, follows=follows) if scheduler else None
+        more = (
+            {"follows": True} if follows else {}
+        )  # an older version, which tests of upgrades start, lacks the argument
+        self.scheduler = SchedulerSession(endpoint("scheduler"), shape, **more) if scheduler else None
         self.worker = WorkerSession(endpoint("worker"), group)
 
     def _describe(self) -> PagedKV:
