@@ -21,7 +21,7 @@ from lmcache import __version__
 from lmcache.config import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server import http, http_sockets
-from lmcache.server.history import COUNTERS, GAUGES, INTERVAL_SECONDS, SAMPLES, History
+from lmcache.server.history import COLUMNS, INTERVAL_SECONDS, SAMPLES, History
 from lmcache.server.http import HttpEndpoint, why_refused
 from lmcache.server.metrics import families
 from servers import PATIENCE, eventually
@@ -467,7 +467,7 @@ def test_the_last_hour(served: Served) -> None:
 
 
 def test_an_hour_of_samples_is_kept() -> None:
-    time, counters = [100.0], {"chunks": 0.0}
+    time, counters = [100.0], {"chunks": 0.0, 'lookup_tokens_total{source="disk"}': 5.0, "requested_tokens_total": 9.0}
     history = History(lambda: time[0], lambda: time[0] + 1e9, lambda: counters)
     for _ in range(3 * SAMPLES):
         for _ in range(40):
@@ -475,9 +475,14 @@ def test_an_hour_of_samples_is_kept() -> None:
             history.tick()
         counters["chunks"] += 1
     samples = history.samples()
-    assert len(samples) == SAMPLES and len(samples[0]) == 1 + len(COUNTERS) + len(GAUGES)
+    assert len(samples) == SAMPLES and len(samples[0]) == len(COLUMNS)
     assert {later[0] - sooner[0] for sooner, later in pairwise(samples)} == {INTERVAL_SECONDS}
-    assert samples[-1][-1] - samples[0][-1] == SAMPLES - 1
+    chunks = COLUMNS.index("chunks")
+    assert samples[-1][chunks] - samples[0][chunks] == SAMPLES - 1
+    told = dict(zip(COLUMNS, samples[0], strict=True))
+    assert (
+        told["requested_tokens_total"] == 9 and told["tokens_found_elsewhere"] == 5 and not told["tokens_found_in_l1"]
+    )
 
 
 def test_answers_are_json_even_if_a_counter_is_no_number() -> None:

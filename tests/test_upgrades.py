@@ -158,7 +158,9 @@ def test_an_upgrade_under_load_costs_no_request_and_no_hit_that_the_tier_has(
                     began, told = stage, one.ask("load", ids=ids)
                     answers.append((began if began == stage else "during", told))
                     if told <= 0:
-                        time.sleep(0.02)  # an engine computes what it has missed, and leaves the cores to the new server
+                        time.sleep(
+                            0.02
+                        )  # an engine computes what it has missed, and leaves the cores to the new server
         except BaseException:
             failed.set()
             raise

@@ -7,11 +7,16 @@ from collections.abc import Callable, Mapping
 
 INTERVAL_SECONDS = 10.0
 SAMPLES = 361
-"""An hour. Each sample takes less than 300 bytes."""
+"""An hour. Each sample takes less than 500 bytes."""
 COUNTERS = (
     "hit_chunks_total", "missed_chunks_total", "evicted_chunks_total", "stored_tokens_total", "retrieved_tokens_total",
+    "requested_tokens_total",
 )  # fmt: skip
 GAUGES = "arena_used_bytes", "chunks"
+SOURCES = "tokens_found_in_engine", "tokens_found_in_l1", "tokens_found_elsewhere"
+"""Tokens found so far: by the engine itself, in L1, and in tiers or by other engines."""
+COLUMNS = "time", *COUNTERS, *GAUGES, *SOURCES
+_FOUND = 'lookup_tokens_total{source="'
 
 
 class History:
@@ -34,8 +39,11 @@ class History:
             return
         self._due = now + INTERVAL_SECONDS
         counters = self._read()
-        self._samples.append((self._wall(), *(counters.get(name, 0) for name in (*COUNTERS, *GAUGES))))
+        engine, l1 = (counters.get(f'{_FOUND}{source}"}}', 0) for source in ("engine", "l1"))
+        found = sum(value for name, value in counters.items() if name.startswith(_FOUND))
+        known = (counters.get(name, 0) for name in (*COUNTERS, *GAUGES))
+        self._samples.append((self._wall(), *known, engine, l1, found - engine - l1))
 
     def samples(self) -> list[tuple[float, ...]]:
-        """Return the samples, oldest first: the time, then the values of `COUNTERS` and `GAUGES`."""
+        """Return the samples, oldest first: the values of `COLUMNS`."""
         return list(self._samples)

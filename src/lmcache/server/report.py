@@ -15,7 +15,7 @@ from lmcache.cache.records import Blocks, select
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server.attaching import Attaching
-from lmcache.server.history import COUNTERS, GAUGES, History
+from lmcache.server.history import COLUMNS, History
 from lmcache.server.loop import Loop
 from lmcache.server.service import Service
 from lmcache.wire.messages import PEER
@@ -156,7 +156,7 @@ class Report:
 
     def history(self) -> tuple[list[str], list[tuple[float, ...]]]:
         """Return the names of a few counters, and their samples of the last hour (`history.History`)."""
-        return ["time", *COUNTERS, *GAUGES], self._loop.ask(self._history.samples)
+        return list(COLUMNS), self._loop.ask(self._history.samples)
 
     def requests(
         self, request: str = "", misses: bool = False, since: float = 0.0, before: int = 0, limit: int = 100
