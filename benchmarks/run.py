@@ -40,13 +40,39 @@ def main(argv: list[str] | None = None) -> int:
             failed.append(name)
             print(f"FAILED: {error}", file=sys.stderr)
     facts = about(sides, argv)
+    if failed:
+        facts["failed"] = ", ".join(failed)
+    give_out(options, facts, rows, "run")
+    return 1 if failed else 0
+
+
+def arguments(
+    name: str, description: str | None, *, vllm: bool = False, update: bool = True
+) -> argparse.ArgumentParser:
+    """The parser of the benchmark `benchmarks.NAME`, with what all of them take. vllm: it starts real engines. update: its table
+    stands in benchmarks/README.md."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description, allow_abbrev=False)
+    if vllm:
+        named = os.environ.get("LMCACHE_TEST_VLLM_PYTHON")
+        parser.add_argument(
+            "--vllm-python", metavar="PATH", default=named, required=not named, help="Python with vLLM and us"
+        )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
+    if update:
+        parser.add_argument(
+            "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
+        )
+    return parser
+
+
+def give_out(options: argparse.Namespace, facts: dict[str, object], rows: Sequence[Row], table: str = "") -> None:
+    """Print the report, and write it where the options say. table: its place in benchmarks/README.md, if it has one."""
     if options.json:
-        document = {**facts, "failed": failed, "rows": [row.as_json() for row in rows]}
+        document = {**facts, "rows": [row.as_json() for row in rows]}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     print(report(facts, rows, as_markdown=False))
-    if options.update:
-        replace_figures(options.update, "run", report(facts, rows, as_markdown=True))
-    return 1 if failed else 0
+    if table and options.update:
+        replace_figures(options.update, table, report(facts, rows, as_markdown=True))
 
 
 def about(sides: Sequence[Side], argv: list[str] | None, module: str = "benchmarks.run") -> dict[str, object]:
@@ -89,14 +115,10 @@ def _lines(path: str) -> list[str]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__, allow_abbrev=False)
+    parser = arguments("run", __doc__)
     parser.add_argument("--peer-python", metavar="PATH", help="Python of an environment with LMCache 0.5.6")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
     parser.add_argument("--only", metavar="NAME", nargs="+", choices=list(GROUPS), help=f"groups: {', '.join(GROUPS)}")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
-    parser.add_argument(
-        "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
-    )
     return parser.parse_args(argv)
 
 

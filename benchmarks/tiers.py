@@ -32,8 +32,8 @@ from unittest import mock
 import numpy as np
 import xxhash
 
-from benchmarks.rows import Goal, Row, replace_figures, report, share
-from benchmarks.run import about
+from benchmarks.rows import Goal, Row, share
+from benchmarks.run import about, arguments, give_out
 from benchmarks.sides import Side, sides_of
 from benchmarks.tiers_served import Tier, last_written, ours_of, served
 from lmcache.testing.conformance import shard_key
@@ -366,26 +366,18 @@ def main(argv: list[str] | None = None) -> int:
             rows += GROUPS[group](bench)
             print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
     facts = about(sides, argv, "benchmarks.tiers")
-    if options.json:
-        options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
-    print(report(facts, rows, as_markdown=False))
-    if options.update:
-        replace_figures(options.update, "tiers", report(facts, rows, as_markdown=True))
+    give_out(options, facts, rows, "tiers")
     return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers", description=__doc__, allow_abbrev=False)
+    parser = arguments("tiers", __doc__)
     parser.add_argument(
         "--folder", metavar="DIR", default=".", help="on the device to measure. Default: the working one"
     )
     parser.add_argument("--peer-python", metavar="PATH", help="Python of an environment with LMCache 0.5.6")
     parser.add_argument("--only", metavar="NAME", nargs="+", choices=list(GROUPS), help=f"groups: {', '.join(GROUPS)}")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
-    parser.add_argument(
-        "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
-    )
     return parser.parse_args(argv)
 
 

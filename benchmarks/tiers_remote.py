@@ -9,7 +9,6 @@ pip install -e '.[test]'. A full run takes about two minutes and 4 GiB of memory
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.rows import Goal, Row, replace_figures, report, share
-from benchmarks.run import about
+from benchmarks.rows import Goal, Row, share
+from benchmarks.run import about, arguments, give_out
 from benchmarks.sides import Side, sides_of
 from benchmarks.tiers_pools import infinistore, mooncake
 from benchmarks.tiers_served import Ended, ours_of, served
@@ -402,23 +401,15 @@ GROUPS: dict[str, Callable[[bool, tuple[Side, ...]], list[Row]]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiers_remote", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
+    parser = arguments("tiers_remote", __doc__)
     parser.add_argument("--peer-python", metavar="PATH", help="Python of an environment with LMCache 0.5.6")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="some of them")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
-    parser.add_argument(
-        "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
-    )
     options = parser.parse_args(argv)
     sides = sides_of(options.peer_python)
     rows = [row for name in options.only for row in GROUPS[name](options.quick, sides)]
     facts = about(sides, argv, "benchmarks.tiers_remote")
-    if options.json:
-        options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
-    print(report(facts, rows, as_markdown=False))
-    if options.update:
-        replace_figures(options.update, "tiers_remote", report(facts, rows, as_markdown=True))
+    give_out(options, facts, rows, "tiers_remote")
     return 0
 
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.rows import Goal, Row, report
-from benchmarks.run import about
+from benchmarks.rows import Goal, Row
+from benchmarks.run import about, arguments, give_out
 from benchmarks.sides import PROJECT, Side
 from benchmarks.vllm_ttft import PROMPT_TOKENS, VOCABULARY, Engine, transfer_config
 
@@ -90,20 +89,15 @@ def main(argv: list[str] | None = None) -> int:
         rows = measure(engines, options.rounds)
     facts = about([Side("ours", sys.executable)], argv, "benchmarks.vllm_groups")
     facts["prompt"] = f"{PROMPT_TOKENS + 1} tokens, float32, {LAYERS} layers of Gemma 3"
-    print(report(facts, rows, as_markdown=options.markdown))
+    give_out(options, facts, rows)
     return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_groups", description=__doc__, allow_abbrev=False)
-    named = os.environ.get("LMCACHE_TEST_VLLM_PYTHON")
-    parser.add_argument(
-        "--vllm-python", metavar="PATH", default=named, required=not named, help="Python with vLLM and us"
-    )
+    parser = arguments("vllm_groups", __doc__, vllm=True, update=False)
     parser.add_argument(
         "--rounds", metavar="N", type=int, default=8, help="paired rounds after one to warm up. Default: 8"
     )
-    parser.add_argument("--markdown", action="store_true", help="print the table as it stands in benchmarks/README.md")
     return parser.parse_args(argv)
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import random
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.rows import Row, replace_figures, report
-from benchmarks.run import about
+from benchmarks.rows import Row
+from benchmarks.run import about, arguments, give_out
 from benchmarks.sides import Side
 from benchmarks.vllm_ttft import VOCABULARY, Engine, transfer_config, write_model
 
@@ -70,26 +68,14 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     facts = about([Side("ours", sys.executable)], argv, "benchmarks.vllm_handover")
     facts["prompt"] = f"{PROMPT_TOKENS} tokens, float32, the demo's model"
-    if options.json:
-        options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
-    print(report(facts, rows, as_markdown=False))
-    if options.update:
-        replace_figures(options.update, "handover", report(facts, rows, as_markdown=True))
+    give_out(options, facts, rows, "handover")
     return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_handover", description=__doc__, allow_abbrev=False)
-    named = os.environ.get("LMCACHE_TEST_VLLM_PYTHON")
-    parser.add_argument(
-        "--vllm-python", metavar="PATH", default=named, required=not named, help="Python with vLLM and us"
-    )
+    parser = arguments("vllm_handover", __doc__, vllm=True)
     parser.add_argument("--model", metavar="DIR", type=Path, help="a model directory; default: the demo's, made anew")
     parser.add_argument("--rounds", metavar="N", type=int, default=8, help="rounds after one to warm up. Default: 8")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
-    parser.add_argument(
-        "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
-    )
     return parser.parse_args(argv)
 
 

@@ -8,10 +8,8 @@ compute; with `always` it loads.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -24,8 +22,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.child import end_with_parent
-from benchmarks.rows import Goal, Row, report
-from benchmarks.run import about
+from benchmarks.rows import Goal, Row
+from benchmarks.run import about, arguments, give_out
 from benchmarks.sides import PROJECT, Side, free_port
 from benchmarks.vllm_ttft import PROMPT_TOKENS, VOCABULARY, Engine, transfer_config, write_model
 
@@ -131,15 +129,8 @@ CONNECTIONS = 4
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; 1 when something failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.vllm_load_cost", description=__doc__, allow_abbrev=False
-    )
-    named = os.environ.get("LMCACHE_TEST_VLLM_PYTHON")
-    parser.add_argument(
-        "--vllm-python", metavar="PATH", default=named, required=not named, help="Python with vLLM and us"
-    )
+    parser = arguments("vllm_load_cost", __doc__, vllm=True, update=False)
     parser.add_argument("--rounds", metavar="N", type=int, default=6, help="rounds after two to learn. Default: 6")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="lmcache-worth-") as name:
         directory = Path(name)
@@ -161,9 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             store.end()
     facts = about([Side("ours", sys.executable)], argv, "benchmarks.vllm_load_cost")
     facts["prompt"] = f"{PROMPT_TOKENS} tokens, float32, the demo's model"
-    if options.json:
-        options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
-    print(report(facts, rows, as_markdown=False))
+    give_out(options, facts, rows)
     return 0
 
 

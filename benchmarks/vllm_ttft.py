@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.child import Child
-from benchmarks.rows import Goal, Row, replace_figures, report
-from benchmarks.run import about
+from benchmarks.rows import Goal, Row
+from benchmarks.run import about, arguments, give_out
 from benchmarks.sides import PROJECT, Side
 
 PROMPT_TOKENS = 4096
@@ -204,11 +204,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     facts = about([Side("ours", sys.executable)], argv, "benchmarks.vllm_ttft")
     facts["prompt"] = f"{PROMPT_TOKENS} tokens, float32, the demo's model"
-    if options.json:
-        options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
-    print(report(facts, rows, as_markdown=False))
-    if options.update:
-        replace_figures(options.update, "vllm", report(facts, rows, as_markdown=True))
+    give_out(options, facts, rows, "vllm")
     return 0
 
 
@@ -219,21 +215,13 @@ def write_model(python: str, path: Path) -> Path:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_ttft", description=__doc__, allow_abbrev=False)
-    named = os.environ.get("LMCACHE_TEST_VLLM_PYTHON")
-    parser.add_argument(
-        "--vllm-python", metavar="PATH", default=named, required=not named, help="Python with vLLM and us"
-    )
+    parser = arguments("vllm_ttft", __doc__, vllm=True)
     parser.add_argument("--peer-vllm-python", metavar="PATH", help="Python with vLLM and LMCache 0.5.6")
     parser.add_argument("--in-process", action="store_true", help="a third engine, with LMCacheConnectorV1")
     parser.add_argument("--whole-loads", action="store_true", help="one more, with use_layerwise off")
     parser.add_argument("--model", metavar="DIR", type=Path, help="a model directory; default: the demo's, made anew")
     parser.add_argument(
         "--rounds", metavar="N", type=int, default=8, help="paired rounds after one to warm up. Default: 8"
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
-    parser.add_argument(
-        "--update", metavar="FILE", type=Path, help="put the table into this page (benchmarks/README.md)"
     )
     return parser.parse_args(argv)
 
