@@ -189,6 +189,9 @@ class Filling(Announcing):
             self._emit("committed", held, filled)
         if completed:
             completed.reverse()
+            if held.instance.tier in self.fleeting_tiers:
+                for one in completed:
+                    self._fleeting[space.number, table.key(one)] = False
             self.promises.has_stored(held.instance.name)
             if self.promises.by_chunk:
                 self.promises.kept(space.number, names_of(table, completed)[0])

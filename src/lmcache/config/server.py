@@ -97,6 +97,10 @@ class ServerConfig:
         help="Other servers whose L1 lookups may use: addresses of their ports for engines. They are the nearest tier. A name "
         "with several addresses stands for as many servers, and this one may be among them. docs/peers.md has more.",
     )
+    peer_keep: str = _tiers(
+        *("WHEN", read.word("yes", "no"), "yes"),
+        help="yes: what was pulled from --peers stays in L1 as any other chunk. no: it leaves L1 when an engine has read it.",
+    )
     l2: tuple[str, ...] = _tiers(
         *("URL", read.urls, ()),
         default_text="none",
@@ -258,7 +262,8 @@ class ServerConfig:
         if not self.peers:
             return self.l2
         first, *others = self.peers
-        return f"peer://{first}?name=peers" + (f"&also={','.join(others)}" if others else ""), *self.l2
+        more = (f"&also={','.join(others)}" if others else "") + ("&keep=no" if self.peer_keep == "no" else "")
+        return f"peer://{first}?name=peers{more}", *self.l2
 
     @property
     def endpoint(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import zmq
 
 from lmcache.chunks import HASH_BYTES
-from lmcache.config.options import integer, number, peers
+from lmcache.config.options import integer, number, peers, word
 from lmcache.errors import ConfigError, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.peers.dial import MAX_CONNECTIONS, MAX_PEERS, Myself, Name
@@ -95,12 +95,14 @@ class PeersTier(AsyncTier):
         names = [(url.host, url.port or DEFAULT_PORT), *((host.strip("[]"), int(port)) for host, _, port in also)]
         if len(names) > MAX_PEERS:
             raise ConfigError(f"{url.redacted}: {len(names)} peers; at most {MAX_PEERS} are possible")
-        return cls(
+        tier = cls(
             list(dict.fromkeys(names)),
             url.runtime,
             url.take("connections", integer(1, MAX_CONNECTIONS), 2),
             url.take("timeout", number(1, 60), 2.0),
         )
+        tier.fleeting = url.take("keep", word("yes", "no"), "yes") == "no"
+        return tier
 
     def introduce(self, myself: Myself) -> None:
         """Say who connects to the peers. Call this before `open`."""
