@@ -104,6 +104,8 @@ class Filling(Announcing):
             number = self._claims.add(held)
             self._note_opened(number, held)
             self._emit("reserved", held, ids)
+            if self.promises.by_chunk:
+                self.promises.computed(now, instance.name, (space.number, table.key(ids[-1])))
         extents = pack_ids(sectors + [NO_EXTENT] * refused)
         return Grant(number, extents, refused, reason)
 
