@@ -84,6 +84,8 @@ def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
 
 SAMPLES = {
     "peers": ("host-b,10.0.0.1:7", ("host-b:5555", "10.0.0.1:7")),
+    "peer_address": ("host-a", "host-a:5555"),
+    "peer_keep": ("no", "no"),
     "l1_size_gb": ("2.5", 2.5),
     "eviction_policy": ("lru", "LRU"),
     "chunk_size": ("1", 1),

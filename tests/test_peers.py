@@ -93,6 +93,22 @@ def test_what_one_server_has_is_a_hit_at_another(server: Servers, engine: Engine
     nothing_lent(here)
 
 
+def test_what_is_not_kept_leaves_the_memory_when_it_has_been_read(server: Servers, engine: Engines) -> None:
+    here = server()
+    there = pulling_from(server, here.port, flags=("--peer-keep", "no"))
+    engine(here, "writer").store(IDS)
+    own = tokens(320, 6)
+    reader = engine(there, "reader")
+    reader.store(own)
+    for times in (1, 2):
+        assert reader.load(IDS) == 640
+        eventually(lambda: there.status()["index"]["chunks"] == 20)
+        assert tier_of(there)["counters"]["loaded_shards"] == 40 * times
+    assert reader.load(own) == 320 and there.counters()["evicted_chunks_total"] == 80
+    nothing_lent(here)
+    nothing_lent(there)
+
+
 def test_the_commands_of_the_page_make_two_servers_that_read_from_each_other(
     folders: Callable[[str], Path], engine: Engines
 ) -> None:
@@ -899,7 +915,13 @@ def test_the_tier_only_reads(asked: Callable[..., Asked], server: Servers) -> No
     assert one.do(Clear) is None and one.do(Close) is None and one.do(Open) is None
     with pytest.raises(ConfigError, match=r"write=through: peer:// only reads"):
         make_tier("peer://a:1?write=through")
-    for text in ("peer:///path", "peer://a:1/path", "peer://a:1?also=b:x", "peer://a:1?timeout=0.5"):
+    for text in (
+        "peer:///path",
+        "peer://a:1/path",
+        "peer://a:1?also=b:x",
+        "peer://a:1?timeout=0.5",
+        "peer://a:1?keep=2",
+    ):
         with pytest.raises(ConfigError):
             make_tier(text)
     spec = make_tier("peer://[::1]:7?also=b,c:8")

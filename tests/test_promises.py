@@ -299,6 +299,95 @@ def test_who_decides_not_to_wait_asks_no_tier_again(engines: Engines) -> None:
     assert ask("two") == 10 and asked == ["one", "two"], "its engine may be slower"
 
 
+def test_an_engine_that_is_faster_than_it_said_is_waited_for(engines: Engines) -> None:
+    """As at the end of a hand-over: a step of 16 chunks is stored, and the rest of the prompt is computed at this moment."""
+    prompt = chain(19)
+    engines.ask(1, prompt, rate=RATE / 10)
+    assert engines.ask(3, prompt, engine="") == 0 and engines.outcomes == ["not worth it"], "nothing else is known yet"
+    engines.later(16 * PACE / 2)
+    engines.store(1, prompt[: 16 * 16])
+    assert engines.ask(2, prompt) == 3
+    assert engines.tiering.fetches.last is not None
+    assert engines.tiering.fetches.last.expected_seconds == pytest.approx(3 * PACE / 2)
+    engines.later(3 * PACE / 2)
+    engines.store(1, prompt, first=16)
+    assert engines.ask(2, prompt) == 0 and engines.outcomes[-1] == "arrived"
+
+
+def test_chunks_that_are_being_filled_show_the_pace_as_well(engines: Engines) -> None:
+    prompt = chain(10)
+    engines.ask(1, prompt, rate=RATE / 10)
+    engines.later(4 * PACE)
+    reservation = engines.reserve(1, prompt[: 16 * 4])
+    assert engines.ask(2, prompt) == 10
+    engines.l1.commit(engines.now, 1, reservation, True)
+    assert engines.ask(2, prompt) == 6
+
+
+def test_an_engine_without_a_pace_gets_one_by_what_it_stores(engines: Engines) -> None:
+    prompt = chain(10)
+    engines.ask(1, prompt, rate=0.0)
+    engines.later(4 * PACE)
+    engines.store(1, prompt[: 16 * 4])
+    assert engines.ask(2, prompt) == 6
+    assert engines.tiering.fetches.last is not None
+    assert engines.tiering.fetches.last.expected_seconds == pytest.approx(6 * PACE)
+
+
+def test_an_engine_that_is_slower_than_it_said_is_not_waited_for(engines: Engines) -> None:
+    prompt = chain(10)
+    engines.ask(1, prompt)
+    for at in range(5):
+        engines.later(2 * PACE)
+        engines.store(1, prompt[: 16 * (at + 1)], first=at)
+    assert engines.ask(2, prompt) == 0 and engines.outcomes == ["not worth it"], "ten more against five of its own"
+    assert engines.ask(3, prompt, rate=RATE / 2) == 5
+
+
+def test_a_request_that_was_queued_for_long_is_not_taken_for_a_slow_one(engines: Engines) -> None:
+    prompt = chain(19)
+    engines.ask(1, prompt)
+    engines.later(4.0)
+    for first in (0, 8):  # one step, stored in two parts
+        engines.store(1, prompt[: 16 * (first + 8)], first=first)
+    assert engines.ask(2, prompt) == 3
+    assert engines.tiering.fetches.last is not None
+    assert engines.tiering.fetches.last.expected_seconds == pytest.approx(3 * PACE)
+
+
+@pytest.mark.parametrize("engine", ["", "its rank"])
+def test_an_engine_that_was_faster_than_it_said_is_expected_to_be_so_again(engines: Engines, engine: str) -> None:
+    """Prompts of one step show nothing before they are stored."""
+    name = engine or "engine 1"
+
+    def compute(prompt: bytes, seconds: float) -> None:
+        engines.ask(1, prompt, rate=RATE / 2, engine=name)
+        engines.later(seconds)
+        engines.store(1, prompt)
+
+    for seed in range(3):
+        compute(chain(10, seed), 10 * PACE)
+    engines.ask(1, prompt := chain(10, 7), rate=RATE / 2, engine=name)
+    assert engines.ask(2, prompt) == 10
+    engines.store(1, prompt)
+    for seed in range(10, 16):
+        compute(chain(10, seed), 20 * PACE)
+    engines.ask(1, prompt := chain(10, 8), rate=RATE / 2, engine=name)
+    assert engines.ask(2, prompt) == 0, "its own pace was right for a while"
+    engines.l1.leave(1)
+    assert not engines.l1.promises._haste, "what is known of an engine ends with it"
+
+
+def test_no_estimate_makes_a_wait_longer_than_computing(engines: Engines) -> None:
+    """A pause of an engine that was fast so far is waited for until computing would be over, and no longer."""
+    prompt, left = chain(19), 3 * PACE
+    engines.ask(1, prompt)
+    engines.later(16 * PACE / 4)
+    engines.store(1, prompt[: 16 * 16])
+    assert engines.waited(2, prompt) == pytest.approx(left + AWAIT_SLACK * slack_seconds(left), abs=0.02)
+    assert engines.outcomes == ["late"]
+
+
 def test_nobody_waits_longer_than_computing_because_others_do(engines: Engines) -> None:
     prompt = chain(10)
     engines.ask(1, prompt, rate=RATE / 10)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from lmcache.cache.claims import SERVER, Claims, Instance
 from lmcache.cache.index import Index
-from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Key, Promises, keys_of
+from lmcache.cache.promises import MAX_PROMISED, NOTHING, Asker, Coming, Key, Promise, Promises, keys_of
 from lmcache.cache.table import Table
 from lmcache.chunks import HASH_BYTES
 
@@ -64,8 +64,8 @@ class Announcing(Index):
         if not asker.request or halted or self.promises.given_up(instance.name, asker.request) == missing:
             return Coming(barred=True)
         keys = keys_of(number, hashes[first * HASH_BYTES : (first + MAX_PROMISED) * HASH_BYTES])
-        expected: float | None = 0.0
         fills: tuple[set[int], set[int]] | None = None
+        awaited, ends = len(keys), dict[Promise, Key]()
         for at, key in enumerate(keys):
             record, promise, stuck = table.get(key[1]), promised.get(key), False
             if record >= 0 and table.complete(record):
@@ -76,10 +76,13 @@ class Announcing(Index):
                 if record in fills[0] and not stuck:
                     continue
             if stuck or promise is None or self.promises.is_own(promise, instance.name, asker.engine):
-                return Coming(at, expected, barred=promise is not None and not at)
-            due = promise.expected(now, key)
-            expected = None if due is None or expected is None else max(expected, due)
-        return Coming(len(keys), expected)
+                awaited = at
+                break
+            ends[promise] = key
+        expected = [promise.expected(now, last) for promise, last in ends.items()]
+        stated = [promise.stated(now, last) for promise, last in ends.items()]
+        barred = awaited == 0 and promise is not None
+        return Coming(awaited, _latest(expected), barred, _latest(stated))
 
     def _filled(self, now: float, table: Table, asking: Instance) -> tuple[set[int], set[int]]:
         """Return the records of the table that engines other than the asking one fill, and those that have been filled for too
@@ -93,3 +96,9 @@ class Announcing(Index):
             elif held.process != SERVER and held.instance is not asking:
                 filled.update(held.ids)
         return filled, stuck
+
+
+def _latest(seconds: Sequence[float | None]) -> float | None:
+    """Return the latest of these times; None if one of them is not known."""
+    known = [one for one in seconds if one is not None]
+    return max(known, default=0.0) if len(known) == len(seconds) else None

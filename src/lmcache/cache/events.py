@@ -22,6 +22,8 @@ TIER_KINDS = "loaded", "load_failed", "written", "write_failed"
 """Kinds of events of tiers; `KINDS` are those of L1."""
 REQUEST_KINDS = "waits", "answered", "fetched"
 """Kinds of events of requests."""
+LET_GO = "let go"
+"""Reason of `evicted`: the chunk came from a tier whose chunks are not kept, and was used. Otherwise the reason is `room`."""
 
 
 class Event(NamedTuple):

@@ -104,6 +104,8 @@ class Filling(Announcing):
             number = self._claims.add(held)
             self._note_opened(number, held)
             self._emit("reserved", held, ids)
+            if self.promises.by_chunk:
+                self.promises.computed(now, instance.name, (space.number, table.key(ids[-1])))
         extents = pack_ids(sectors + [NO_EXTENT] * refused)
         return Grant(number, extents, refused, reason)
 
@@ -189,6 +191,9 @@ class Filling(Announcing):
             self._emit("committed", held, filled)
         if completed:
             completed.reverse()
+            if held.instance.tier in self.fleeting_tiers:
+                for one in completed:
+                    self._fleeting[space.number, table.key(one)] = False
             self.promises.has_stored(held.instance.name)
             if self.promises.by_chunk:
                 self.promises.kept(space.number, names_of(table, completed)[0])

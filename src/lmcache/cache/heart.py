@@ -8,6 +8,7 @@ The rules of this file, and of `filling` and `announcing`, on which it stands:
 - A chunk that is leased or being filled is never evicted, nor are its ancestors (`allocator` decides what is evicted).
 - If a shard could not be filled, its chunk becomes incomplete and keeps its descendants. A later reservation can fill the shard.
 - New data is refused only when nothing may be evicted for it; every refusal has a reason and is counted.
+- What a fleeting tier has loaded is evicted when an engine has read it, as soon as nobody else reads it and no chunk follows it.
 - Clearing replaces the index by an empty one. Claims on the old index keep it and their extents until they end.
 - The server fills and reads for the tiers as the process `SERVER`, which does not count as a user of a space.
 - A chunk that an engine has promised or is filling is a miss, but others are told that it comes (`cache.promises`).
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 from lmcache.cache.allocator import Space
 from lmcache.cache.claims import SERVER, AnyClaim, Held, Instance, Lease, Refusal, Reservation
-from lmcache.cache.events import NOBODY, By, Event
+from lmcache.cache.events import LET_GO, NOBODY, By, Event
 from lmcache.cache.filling import Filling
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
 from lmcache.cache.index import MAX_SISTERS, names_of, of_lookup, of_records, pack_ids
@@ -442,6 +443,7 @@ class Heart(Filling):
             gone += space.complete
             space.table, space.complete = self._new_table(space.shards), 0
             space.last_used.clear()
+        self._fleeting.clear()
         self.promises.clear()
         self._note_cleared()
         self._allocator.retry_shares()
@@ -466,10 +468,39 @@ class Heart(Filling):
     # The ends of claims
 
     def _end_lease(self, number: int) -> None:
-        for space, table, ids in self._claims.end_lease(number).parts:
+        lease = self._claims.end_lease(number)
+        for space, table, ids in lease.parts:
             released = table.unpin(ids)
             if released:
                 self._free(space, table, released)
+        if self._fleeting:
+            self._let_go(lease)
+
+    def _let_go(self, lease: Lease) -> None:
+        """Evict those chunks of a lease that has ended which are fleeting and have been read by an engine. What only the server
+        or a peer has read stays: an engine's lookup is about to ask for it, or nobody is, and then it is evicted in its turn."""
+        fleeting, read = self._fleeting, bool(lease.instance.spaces)
+        for space, table, ids in lease.parts:
+            if table is not space.table:
+                continue  # it was cleared meanwhile
+            known = {
+                key: record for record in array("I", ids) if (key := (space.number, table.key(record))) in fleeting
+            }
+            if read:
+                fleeting.update(dict.fromkeys(known, True))
+            for key, record in reversed(known.items()):  # the end of a prompt first, and with it what only it has kept
+                if key not in fleeting or not fleeting[key] or not table.evictable(record):
+                    continue
+                above = table.parent(record)
+                while above >= 0 and fleeting.get((space.number, table.key(above))) and _only_follows(table, above):
+                    record, above = above, table.parent(above)
+                self._evict(space, record)
+        self._emit_evicted(lease.by, -1, LET_GO)
+
+
+def _only_follows(table: Table, record: int) -> bool:
+    """Return whether the chunk would be evictable without the only chunk that follows it."""
+    return table.children(record) == 1 and not table.pins(record) and not table.filling(record)
 
 
 def _leave_index(table: Table, ids: bytes) -> array[int]:

@@ -38,6 +38,10 @@ class Index:
         self._evicted = defaultdict(lambda: ([], []))
         """(kind of event, space) -> hashes and times of last use of the chunks that the current reservation has evicted. Hashes
         are empty, and times are missing, if no listener needs them."""
+        self.fleeting_tiers: set[str] = set()
+        """Tiers whose chunks are let go after their use (`Heart._let_go`)."""
+        self._fleeting: dict[tuple[int, bytes], bool] = {}
+        """(space, chunk hash) of each chunk in the index that came from such a tier -> whether an engine has read it."""
         self._spaces: dict[int, Space] = {}
         self._space_of: dict[tuple[bytes, int], Space] = {}
         self._next_space = 0
@@ -208,6 +212,9 @@ class Index:
         gone = array("I", ids)
         complete = [one for one in gone if table.complete(one)]
         space.complete -= len(complete)
+        if self._fleeting:
+            for one in complete:
+                self._fleeting.pop((space.number, table.key(one)), None)
         self._collect("evicted", space, complete)
         if len(complete) < len(gone):
             begun = [one for one in gone if not table.complete(one) and _holds(table, one, space.shards)]
@@ -222,13 +229,14 @@ class Index:
         if self.events.timed:
             last_used += [space.last_used.pop(one, None) for one in records]
 
-    def _emit_evicted(self, by: By, wanted_by: int) -> None:
-        """Emit one event for each kind and space of the chunks that a reservation of the space `wanted_by` has evicted."""
+    def _emit_evicted(self, by: By, wanted_by: int, reason: str = "room") -> None:
+        """Emit one event for each kind and space of the chunks that were evicted for this reason: by a reservation of the space
+        `wanted_by`, or after their use (-1)."""
         if not self._evicted:
             return
         for (kind, space), (hashes, last_used) in self._evicted.items():
             detail = partial(Event._replace, hashes=b"".join(hashes), wanted_by=wanted_by, last_used=tuple(last_used))
-            self.events.emit(kind, space, len(hashes), "room", by, detail)
+            self.events.emit(kind, space, len(hashes), reason, by, detail)
         self._evicted.clear()
 
     def _free(self, space: Space, table: Table, ids: bytes) -> None:

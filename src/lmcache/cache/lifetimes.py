@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lmcache.cache.events import Event, Events
+from lmcache.cache.events import LET_GO, Event, Events
 from lmcache.chunks import HASH_BYTES
 from lmcache.observability.histogram import Histogram
 
@@ -73,6 +73,8 @@ class Lifetimes:
             life = self._lives.get(chunk)
             if life is not None and life.space == event.space:
                 del self._lives[chunk]
+                if event.reason == LET_GO:
+                    continue  # its age says nothing about the size of L1
                 self.eviction_age.observe(now - life.born)
                 self.idle_before_eviction.observe(now - life.used)
                 self.reuses.observe(life.uses)

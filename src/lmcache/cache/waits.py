@@ -326,7 +326,9 @@ class Waits:
     def _is_late(self, now: float, fetch: Fetch, awaits: bool) -> bool:
         if not awaits:
             return now - fetch.began > self._patience(fetch)
-        due = fetch.due[fetch.arrived]
+        due = fetch.coming.latest_seconds
+        if due is not None and fetch.coming.expected_seconds is not None:
+            due = max(due, fetch.coming.expected_seconds)
         if not fetch.wanted.prefill_seconds:  # an engine that has only decoded so far: the other one's pace has to do
             quiet_until = min(fetch.began + 2 * (due or 0.0), fetch.progress + UNPACED_QUIET_SECONDS)
             return now - max(fetch.progress, quiet_until) > UNPACED_WAIT_SECONDS

@@ -192,15 +192,39 @@ def one_url(text: str) -> str:
 
 def peers(text: str) -> tuple[str, ...]:
     """Parse the addresses of servers, separated by commas. A port that is missing is 5555."""
+    return tuple(dict.fromkeys(address for line in text.splitlines() for address in _addresses(line)))
+
+
+def one_peer(text: str) -> str:
+    """Parse the address of one server, or nothing."""
+    found = peers(text)
+    if len(found) > 1:
+        raise ValueError("must be one HOST:PORT")
+    return found[0] if found else ""
+
+
+def peers_or_directory(text: str) -> tuple[str, ...]:
+    """Parse lines of addresses as `peers` does, of which one may be the URL of a directory instead."""
+    lines = [line.strip() for line in text.splitlines()]
+    urls = [line for line in lines if re.match(r"\w+(-sentinel)?://", line)]
+    for one in urls:
+        if not re.match(r"rediss?(-sentinel)?://\S+$", one):
+            raise ValueError(f"must be HOST:PORT,HOST:PORT or redis://HOST:PORT/0; {redacted_url(one)!r} is not one")
+    if len(urls) > 1:
+        raise ValueError("must name one directory at most")
+    return *peers("\n".join(line for line in lines if line not in urls)), *urls
+
+
+def _addresses(line: str) -> list[str]:
     found = []
-    for one in filter(None, (part.strip() for part in text.replace("\n", ",").split(","))):
+    for one in filter(None, (part.strip() for part in line.split(","))):
         host, _, port = one.rpartition(":")
         if not host or one.endswith("]") or (":" in host and not host.startswith("[")):
             host, port = in_url(one), "5555"
         if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"must be HOST:PORT,HOST:PORT; {one!r} is not one")
         found.append(f"{host}:{int(port)}")
-    return tuple(dict.fromkeys(found))
+    return found
 
 
 def ids(text: str) -> tuple[int, ...]:

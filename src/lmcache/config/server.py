@@ -14,6 +14,7 @@ import ipaddress
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from lmcache.config import options as read
 from lmcache.config.hosts import in_url
@@ -91,11 +92,21 @@ class ServerConfig:
     )
 
     peers: tuple[str, ...] = _tiers(
-        *("HOST:PORT,...", read.peers, ()),
+        *("HOST:PORT,...", read.peers_or_directory, ()),
         default_text="none",
         repeat=True,
         help="Other servers whose L1 lookups may use: addresses of their ports for engines. They are the nearest tier. A name "
-        "with several addresses stands for as many servers, and this one may be among them. docs/peers.md has more.",
+        "with several addresses stands for as many servers, and this one may be among them. redis://host:6379/0 names a "
+        "directory, in which servers with the same key find each other. docs/peers.md has more.",
+    )
+    peer_address: str = _tiers(
+        *("HOST:PORT", read.one_peer, ""),
+        default_text="what --host says, or the address by which this host reaches the store",
+        help="By which address other servers reach this one: what it writes into the directory of --peers redis://... .",
+    )
+    peer_keep: str = _tiers(
+        *("WHEN", read.word("yes", "no"), "yes"),
+        help="yes: what was pulled from --peers stays in L1 as any other chunk. no: it leaves L1 when an engine has read it.",
     )
     l2: tuple[str, ...] = _tiers(
         *("URL", read.urls, ()),
@@ -257,8 +268,11 @@ class ServerConfig:
         """The URLs of all tiers but those given as JSON, the nearest first."""
         if not self.peers:
             return self.l2
-        first, *others = self.peers
-        return f"peer://{first}?name=peers" + (f"&also={','.join(others)}" if others else ""), *self.l2
+        # Quoted twice, since `${NAME}` in the directory's URL must be replaced in its parts, and not in the complete URL.
+        directory = [f"directory={quote(quote(one, safe=''))}" for one in self.peers if "://" in one]
+        first, *others = [one for one in self.peers if "://" not in one] or [""]
+        also, keep = [f"also={','.join(others)}"] if others else [], ["keep=no"] if self.peer_keep == "no" else []
+        return f"peer://{first}?{'&'.join(['name=peers', *also, *directory, *keep])}", *self.l2
 
     @property
     def endpoint(self) -> str:

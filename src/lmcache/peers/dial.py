@@ -33,6 +33,11 @@ class Myself:
     open_door: bool = False
     chunk_tokens: int = 0
     """The number of tokens of this server's chunks; 0 accepts peers with chunks of any size."""
+    host: str = ""
+    port: int = 0
+    """What this server listens on."""
+    address: str = ""
+    """HOST:PORT by which others reach this server; "" if they use `host` and `port`."""
 
 
 _WORDS = {

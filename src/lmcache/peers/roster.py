@@ -9,6 +9,7 @@ from functools import partial
 from lmcache.errors import LMCacheError, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.peers.dial import MAX_PEERS, Dialled, Itself, Myself, Name, dial, resolve
+from lmcache.peers.directory import Directory
 from lmcache.peers.peer import Peer
 
 logger = init_logger(__name__)
@@ -19,8 +20,8 @@ Soon = Callable[[Callable[[], None]], bool]
 
 
 class Roster:
-    """names: of the servers. connections: to each, for payload. diallers: threads that resolve names and connect, which block.
-    now: the clock. The other arguments are as for `PeersTier`."""
+    """names: of the servers; those that a directory lists come in addition. connections: to each, for payload. diallers: threads
+    that resolve names and connect, which block. now: the clock. The other arguments are as for `PeersTier`."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Roster:
         now: Callable[[], float],
         soon: Soon,
         diallers: Executor,
+        directory: Directory | None = None,
     ) -> None:
         self._names, self._myself, self._connections, self._timeout_seconds = (
             names,
@@ -39,7 +41,7 @@ class Roster:
             connections,
             timeout_seconds,
         )
-        self._now, self._soon, self._diallers = now, soon, diallers
+        self._now, self._soon, self._diallers, self._directory = now, soon, diallers, directory
         self._peers: dict[str, Peer] = {}
         """By address."""
         self._addresses: dict[Name, list[str] | str] = {}
@@ -79,7 +81,10 @@ class Roster:
             peer.failed(self._now(), str(error))
 
     def troubles(self) -> Iterator[str]:
-        """Describe each name behind which no server serves. Of several servers behind one name, some may come and go."""
+        """Describe each name behind which no server serves, and a directory that fails. Of several servers behind one name, some
+        may come and go."""
+        if self._directory is not None and self._directory.trouble:
+            yield self._directory.trouble
         for found in self._addresses.values():
             if isinstance(found, str):
                 yield found
@@ -91,14 +96,16 @@ class Roster:
     # What other threads have found
 
     def _resolve(self) -> None:
-        found = resolve(self._names)
+        listed = self._directory.look_up() if self._directory is not None else []
+        found = resolve(list(dict.fromkeys([*self._names, *listed])))
         self._soon(partial(self._resolved, found))
 
     def _resolved(self, found: dict[Name, list[str] | str]) -> None:
         self._resolving, self._resolved_at, self._addresses = False, self._now(), found
         if self._closed:
             return
-        self._behind |= {name: one for name, one in found.items() if not isinstance(one, str)}
+        behind = {name: self._behind.get(name) if isinstance(one, str) else one for name, one in found.items()}
+        self._behind = {name: one for name, one in behind.items() if one is not None}
         known = dict.fromkeys(address for addresses in self._behind.values() for address in addresses)
         for address in [one for one in self._peers if one not in known]:
             logger.info("Peer %s: no name has this address any longer", address)

@@ -15,14 +15,16 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 import zmq
 
 from lmcache.chunks import HASH_BYTES
-from lmcache.config.options import integer, number, peers
+from lmcache.config.options import integer, number, peers, word
 from lmcache.errors import ConfigError, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.peers.dial import MAX_CONNECTIONS, MAX_PEERS, Myself, Name
+from lmcache.peers.directory import Directory
 from lmcache.peers.findings import MAX_KNOWN, Finding, Findings
 from lmcache.peers.link import Frames, Question
 from lmcache.peers.peer import Peer
@@ -31,7 +33,9 @@ from lmcache.peers.roster import Roster
 from lmcache.runtime import Runtime
 from lmcache.tiers import ABSENT, OK, AsyncTier, ShardKey, TierError, Usage
 from lmcache.tiers.operation import Clear, Close, Contains, Load, Open, Operation, Remove
-from lmcache.tiers.url import TierURL
+from lmcache.tiers.redis.leases import Leases
+from lmcache.tiers.redis.tier import nodes_of, prefix_of
+from lmcache.tiers.url import TierURL, parse_url
 from lmcache.wire import messages as m
 
 logger = init_logger(__name__)
@@ -67,6 +71,7 @@ class PeersTier(AsyncTier):
         self, names: Sequence[Name], runtime: Runtime, connections: int = 2, timeout_seconds: float = 2.0
     ) -> None:
         self._names, self._runtime, self._now = names, runtime, runtime.now
+        self._directory: Directory | None = None
         self._connections, self._timeout_seconds = connections, timeout_seconds
         self._myself = Myself()
         self._findings = Findings()
@@ -88,23 +93,35 @@ class PeersTier(AsyncTier):
 
     @classmethod
     def from_url(cls, url: TierURL) -> PeersTier:
-        if not url.host or url.path.strip("/"):
+        directory = url.take("directory", unquote, "")
+        if not (url.host or directory) or url.path.strip("/"):
             raise ConfigError(f"{url.redacted}: write peer://host:{DEFAULT_PORT}")
         no_others: tuple[str, ...] = ()
         also = [one.rpartition(":") for one in url.take("also", peers, no_others)]
-        names = [(url.host, url.port or DEFAULT_PORT), *((host.strip("[]"), int(port)) for host, _, port in also)]
+        first = [(url.host, url.port or DEFAULT_PORT)] if url.host else []
+        names = [*first, *((host.strip("[]"), int(port)) for host, _, port in also)]
         if len(names) > MAX_PEERS:
             raise ConfigError(f"{url.redacted}: {len(names)} peers; at most {MAX_PEERS} are possible")
-        return cls(
+        tier = cls(
             list(dict.fromkeys(names)),
             url.runtime,
             url.take("connections", integer(1, MAX_CONNECTIONS), 2),
             url.take("timeout", number(1, 60), 2.0),
         )
+        if directory:
+            tier._directory = _directory_of(directory, url)
+        tier.fleeting = url.take("keep", word("yes", "no"), "yes") == "no"
+        return tier
 
     def introduce(self, myself: Myself) -> None:
-        """Say who connects to the peers. Call this before `open`."""
+        """Say who connects to the peers. Call this before `open`.
+
+        Raises:
+            ConfigError: a directory of servers cannot be used like this.
+        """
         self._myself = myself
+        if self._directory is not None:
+            self._directory.introduce(myself)
 
     def usage(self) -> Usage:
         return Usage(0, 0, None)
@@ -139,7 +156,9 @@ class PeersTier(AsyncTier):
         self._diallers = self._runtime.pool(_DIALLERS, "lmcache-peers-dial")
         self._copiers = self._runtime.pool(_COPIERS, "lmcache-peers-copy")
         settings = self._names, self._myself, self._connections, self._timeout_seconds
-        self._roster = Roster(*settings, now=self._now, soon=self._soon, diallers=self._diallers)
+        self._roster = Roster(
+            *settings, now=self._now, soon=self._soon, diallers=self._diallers, directory=self._directory
+        )
         woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._runtime.start(partial(self._run, woken), "lmcache-peers")
 
@@ -198,6 +217,8 @@ class PeersTier(AsyncTier):
         self._findings.clear()
         self._diallers.shutdown(wait=False, cancel_futures=True)
         self._copiers.shutdown(wait=False, cancel_futures=True)
+        if self._directory is not None:
+            self._directory.close()
         with self._lock:
             os.close(self._wake)
             os.close(woken)
@@ -391,6 +412,18 @@ class PeersTier(AsyncTier):
                 load.operation.cancelled()
             else:
                 load.operation.complete(load.outcomes)
+
+
+def _directory_of(text: str, url: TierURL) -> Directory:
+    """Return the directory in the Redis or Valkey of this URL, which is an option of `url`."""
+    store = parse_url(text, runtime=url.runtime)
+    if store.scheme not in ("redis", "rediss"):
+        raise ConfigError(f"--peers {store.redacted}: a directory of peers is in redis:// or rediss://")
+    nodes, prefix = nodes_of(store), store.take("prefix", prefix_of, "lmcache")
+    leases = Leases(nodes, prefix, store.take("timeout", number(0.05, 60), 5.0))
+    store.finish()
+    url.inline_secret |= store.inline_secret
+    return Directory(leases, store.redacted, url.runtime.now)
 
 
 def _why(answer: m.Answer) -> str:

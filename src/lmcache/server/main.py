@@ -122,7 +122,8 @@ def _tiers_of(config: ServerConfig, runtime: Runtime, server_id: bytes, urls: li
             from lmcache.peers.tier import PeersTier
 
             assert isinstance(spec.tier, PeersTier)
-            spec.tier.introduce(Myself(server_id, config.auth_key_file, config.insecure_no_auth, config.chunk_size))
+            who = server_id, config.auth_key_file, config.insecure_no_auth, config.chunk_size
+            spec.tier.introduce(Myself(*who, config.host, config.port, config.peer_address))
     return specs
 
 

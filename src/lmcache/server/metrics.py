@@ -21,7 +21,7 @@ HELP: dict[str, str] = {
     "blended_tokens_total": "Tokens of these passages. They count as missed, too, since they are no prefix.",
     "blend_recomputed_tokens_total": "Tokens of these passages that engines computed again.",
     "stored_chunks_total": "Chunks that became complete: L1 holds stored - evicted - cleared complete chunks.",
-    "evicted_chunks_total": "Complete chunks evicted for newer ones.",
+    "evicted_chunks_total": "Complete chunks evicted for newer ones, or let go after their use (--peer-keep no).",
     "cleared_chunks_total": "Complete chunks removed on request.",
     "incomplete_chunks_total": "Chunks evicted before all ranks had stored their shards.",
     "reserved_chunks_total": "Shards that got extents: reserved - committed - dropped are being filled.",

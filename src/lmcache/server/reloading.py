@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lmcache.server.http import HttpEndpoint
 
 logger = init_logger(__name__)
-_TIERS = ("peers", "l2", "l2_adapter")
+_TIERS = ("peers", "peer_address", "peer_keep", "l2", "l2_adapter")
 _CHANGEABLE = ("log_level", "log_format", "api_token", "api_token_file", *_TIERS)
 
 

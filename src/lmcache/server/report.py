@@ -353,6 +353,8 @@ def _check_reads_no_secrets(url: str) -> None:
             f"over HTTP the URL of a tier may not name the endpoint of {scheme}://, to which the server would send its own "
             "credentials: write the tier into the server's configuration file, and send SIGHUP"
         )
+    if scheme == "peer" and "directory" in options:
+        raise ConfigError("over HTTP no directory of peers can be named: write --peers into the server's settings")
     if "${" in unquote(url) or any(name.endswith("_file") for name in options):
         raise ConfigError(
             "over HTTP the URL of a tier may name neither ${VARIABLES} of the server nor files with secrets (..._file=): write "

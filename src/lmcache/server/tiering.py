@@ -118,6 +118,7 @@ class Tiering:
             self._l1.events.listen(kinds, self.fetches.heard)
             self.writes.listen()
         tier = runner.tier
+        (self._l1.fleeting_tiers.add if tier.fleeting else self._l1.fleeting_tiers.discard)(runner.name)
         traits = TierTraits(
             tier.batch_bytes, tier.concurrency, runner.usable, tier.batch_shards, runner.name, runner.why_not_usable
         )

@@ -107,6 +107,8 @@ class TierBase(ABC):
     batch_shards: ClassVar[int] = 512
     """The most shards of one load or store, so that a batch of tiny shards ends within the tier's timeouts."""
 
+    fleeting: bool = False
+    """Whether L1 lets go of what this tier has loaded as soon as an engine has read it."""
     read_only: ClassVar[bool] = False
     """Whether it only reads: what it has is written, removed and cleared by somebody else."""
     codecs: ClassVar[bool] = False

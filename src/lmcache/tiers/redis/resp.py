@@ -116,6 +116,13 @@ class Connection:
         with contextlib.suppress(OSError):
             self._socket.close()
 
+    def own_address(self) -> str:
+        """Return the numeric address of this end."""
+        try:
+            return str(self._socket.getsockname()[0]).removeprefix("::ffff:").partition("%")[0]
+        except OSError as error:
+            raise self._failed(error) from None
+
     def is_quiet(self) -> bool:
         """Return whether the connection can be used for another command."""
         return self._from == self._to and not self._out and is_quiet(self._socket)

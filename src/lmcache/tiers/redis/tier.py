@@ -72,11 +72,11 @@ class RedisTier(Tier):
 
     @classmethod
     def from_url(cls, url: TierURL) -> Tier:
-        nodes = _nodes(url)
+        nodes = nodes_of(url)
         kind = _TLSTier if url.scheme == "rediss" else cls
         return kind(
             nodes,
-            prefix=url.take("prefix", _prefix, "lmcache"),
+            prefix=url.take("prefix", prefix_of, "lmcache"),
             max_bytes=url.take_max_bytes(),
             ttl_seconds=url.take("ttl", number(1, 1e9), 0.0),
             timeout_seconds=url.take("timeout", number(0.05, 3600), 5.0),
@@ -444,13 +444,14 @@ def _unlink_all(connection: Connection, pattern: str) -> Iterator[None]:
                 raise TierError("protocol", f"Redis at {connection.name}: unexpected answer {other!r:.80}")
 
 
-def _prefix(text: str) -> str:
+def prefix_of(text: str) -> str:
+    """Parse the beginning of the names of keys."""
     if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", text):
         raise ValueError("must be 1 to 64 letters, digits and _ . : -")
     return text
 
 
-def _nodes(url: TierURL) -> Nodes:
+def nodes_of(url: TierURL) -> Nodes:
     """Take from the URL who has the keys, and how to log in there."""
     is_cluster = url.take("cluster", word("yes", "no"), "no") == "yes"
     sentinel = url.take("sentinel", str, "")
