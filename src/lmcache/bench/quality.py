@@ -67,24 +67,16 @@ class Row(NamedTuple):
 
 
 class Subject:
-    """A model in Transformers whose KV is measured. dtype: auto, or a name of a dtype of PyTorch. kv_dtype: of the KV that the
-    codecs get, "" for the model's. device: "" for a GPU if there is one, else the CPU.
+    """A model in Transformers whose KV is measured. kv_dtype: of the KV that the codecs get; None for the model's.
 
     Raises:
-        QualityError: the model cannot be read, or none of its KV can be rounded.
+        QualityError: none of the model's KV can be rounded.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", kv_dtype: str = "", device: str = "") -> None:
-        kind = dtype if dtype == "auto" else getattr(torch, dtype)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval()
-        except (OSError, ValueError, ImportError) as error:
-            raise QualityError(f"the model {name!r} cannot be read: {str(error).splitlines()[0]}") from None
-        if getattr(self.model.config, "kv_lora_rank", None):
-            raise QualityError(f"{name!r} has latents (MLA), which no lossy codec rounds: there is nothing to measure")
-        self.kv_dtype = getattr(torch, kv_dtype) if kv_dtype else self.model.dtype
-        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    def __init__(self, model: Any, tokenizer: Any, kv_dtype: Any = None) -> None:
+        if getattr(model.config, "kv_lora_rank", None):
+            raise QualityError("this model has latents (MLA), which no lossy codec rounds: there is nothing to measure")
+        self.model, self.tokenizer, self.kv_dtype = model.eval(), tokenizer, kv_dtype or model.dtype
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text))
@@ -158,6 +150,23 @@ class Subject:
             one = Measured(apart, bool(equal[0]), bool(equal.all()))
         prompts = [*row.prompts, one]
         return Row(row.codec, row.raw_bytes + raw, row.stored_bytes + stored, row.exact and same, prompts)
+
+
+def opened(name: str, dtype: str = "auto", kv_dtype: str = "", device: str = "") -> Subject:
+    """Read a model. dtype, kv_dtype: names of dtypes of PyTorch; "auto" and "" for the model's own. device: "" for a GPU if there
+    is one, else the CPU.
+
+    Raises:
+        QualityError: the model cannot be read, or none of its KV can be rounded.
+    """
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
+    except (OSError, ValueError, ImportError) as error:
+        raise QualityError(f"the model {name!r} cannot be read: {str(error).splitlines()[0]}") from None
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Subject(model, tokenizer, getattr(torch, kv_dtype) if kv_dtype else None)
 
 
 def brought_back(cache: DynamicCache, codec: str, dtype: Any) -> tuple[int, int, bool]:

@@ -70,10 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} {getattr(arguments, name)}: must be at least {least}")
     given = _lines(arguments.prompts) if arguments.prompts is not None else [_text(path) for path in arguments.texts]
     try:
-        from lmcache.bench.quality import Subject
+        from lmcache.bench.quality import opened
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed; pip install 'lmcache[transformers]'") from error
-    subject = Subject(arguments.model, arguments.dtype, arguments.kv_dtype, arguments.device)
+    subject = opened(arguments.model, arguments.dtype, arguments.kv_dtype, arguments.device)
     prompts = _prompts(subject, given, arguments)
 
     def progress(done: int) -> None:
