@@ -14,7 +14,7 @@ native = Extension(
     "lmcache._native",
     sources=[
         f"src/lmcache/native/{name}.c"
-        for name in ("module", "copy", "table", "exchange", "device", "frames", "sample", "pack12")
+        for name in ("module", "copy", "table", "exchange", "device", "frames", "sample", "pack12", "int8")
     ],
     depends=[f"src/lmcache/native/{name}.h" for name in ("native", "kernels", "kernels_x86", "kernels_neon", "xxh3")],
     extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden"],

@@ -9,6 +9,7 @@ import pytest
 
 from lmcache.cli.main import main
 from lmcache.config.engine import ROWS, EngineConfig, ignored_by_daemons_engines, load_blending, load_engine
+from lmcache.engine.settings import ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.tiers.adapters import url_of_adapter
 
@@ -73,6 +74,30 @@ def test_the_serde_is_the_codec_of_the_remote_tier(file: Path, serde: str | None
     file.write_text(f"remote_url: {url}\n")
     environ = {} if serde is None else {"LMCACHE_REMOTE_SERDE": serde}
     assert load_engine(environ, file=file).config.tiers == (tier,)
+
+
+@pytest.mark.parametrize(
+    ("text", "in_process", "with_a_daemon"),
+    [
+        ("remote_url: redis://host:6379\n", "none", "none"),
+        ("remote_url: redis://host:6379\nremote_serde: naive\n", "none", "none"),
+        ("remote_url: redis://host:6379\nremote_serde: cachegen\n", "int8", "none"),
+        ("remote_url: redis://host:6379?codec=pack12\nremote_serde: cachegen\n", "none", "none"),
+        ("remote_url: redis://host:6379?codec=int8\n", "int8", "none"),
+        ("remote_url: redis://host:6379?codec=int8\nlossy_kv: none\n", "none", "none"),
+        ("remote_serde: fp8\n", "none", "none"),
+        ("lossy_kv: int8\n", "int8", "int8"),
+    ],
+)
+def test_kv_is_exact_unless_the_engines_own_settings_say_otherwise(
+    file: Path, text: str, in_process: str, with_a_daemon: str
+) -> None:
+    """A daemon's tiers are not the engine's own, so only the engine's setting counts there."""
+    file.write_text(text)
+    config = load_engine({}, file=file).config
+    assert ServerSettings("", config).lossy_kv == in_process
+    assert ServerSettings("tcp://host:5555", config).lossy_kv == with_a_daemon
+    assert ServerSettings().lossy_kv == "none"
 
 
 def test_nothing_is_nothing(file: Path) -> None:

@@ -18,14 +18,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine_process import Engine
 from lmcache.config.server import ServerConfig
+from lmcache.engine.identity import named
 from lmcache.server.report import Report
 from lmcache.server.tier_runner import CLOSE_SECONDS
 from ports import free_port
 from proxy import Proxy
+from rounding import BFLOAT16, rounded
 from servers import PATIENCE, Server, beside, eventually, server_parts
 from stores import RedisServer, binary_of
 
@@ -109,6 +112,51 @@ def test_kv_is_stored_in_fewer_bytes_and_comes_back_the_same(
     second.end()
     third = engine(served("auto"), "third", layers=4, dims=64)
     assert third.load(TOKENS) == len(TOKENS) and third.load(others) == len(others)
+
+
+def test_rounded_kv_reaches_only_engines_that_accept_it(
+    server: Callable[..., Server], engine: Callable[..., Any], folders: Callable[[str], Path]
+) -> None:
+    """From a tier of rounded KV through L1 into a second tier: the same prompt of an exact engine is exact everywhere."""
+    store = f"dir://{folders('/tmp')}/store"
+    second_tier = f"disk://{folders('/tmp')}/second?name=second"
+    accepting = named("model").accepting("int8")
+
+    def served(*urls: str) -> Server:
+        return server(flags=(*(flag for url in urls for flag in ("--l2", url)), *PATIENT))
+
+    def rounding(one: Any) -> Any:
+        exact = one.kv_of
+        one.kv_of = lambda ids: np.frombuffer(rounded(exact(ids).tobytes(), 64, BFLOAT16), np.uint16).reshape(
+            exact(ids).shape
+        )
+        return one
+
+    first = served(f"{store}?codec=int8")
+    lossy, exact = engine(first, "lossy", layers=4, dims=64, model=accepting), engine(first, layers=4, dims=64)
+    assert lossy.store(TOKENS) == len(TOKENS) and lossy.load(TOKENS) == len(TOKENS), "L1 holds it as it was computed"
+    written(first, 10, "dir")
+    said = tiers_of(first)["dir"]["codec"]
+    assert said["used"] == "int8" and said["ratio"] > 1.85 and said["rounded_bytes"] == said["raw_bytes"] > 0
+    first.line_with("Tier dir: KV of engines with lossy_kv=int8 is stored rounded by int8 from now on")
+    assert {one["layout"]["lossy_kv"] for one in first.status()["engines"]} == {"int8", "none"}
+    assert f'lmcache_tier_rounded_bytes_total{{tier="dir"}} {said["rounded_bytes"]}' in sector(first, "/metrics")[1]
+    assert exact.hit_tokens(TOKENS) == 0
+    first.end()
+
+    second = served(store, second_tier)
+    exact, reader = engine(second, layers=4, dims=64), engine(second, "again", layers=4, dims=64, model=accepting)
+    assert rounding(reader).load(TOKENS) == len(TOKENS), "from the tier it comes rounded"
+    assert exact.hit_tokens(TOKENS) == 0, "neither L1 nor the tier has it for this engine"
+    assert exact.store(TOKENS) == len(TOKENS) and exact.load(TOKENS) == len(TOKENS)
+    written(second, 10, "dir")
+    assert tiers_of(second)["dir"]["codec"]["rounded_bytes"] == 0
+    second.end()
+
+    third = served(f"{store}?codec=int8")
+    exact, reader = engine(third, layers=4, dims=64), engine(third, "again", layers=4, dims=64, model=accepting)
+    assert exact.load(TOKENS) == len(TOKENS), "bit for bit, from a tier with codec=int8"
+    assert rounding(reader).load(TOKENS) == len(TOKENS)
 
 
 def test_kv_is_encoded_once_the_store_is_known_to_be_slow(

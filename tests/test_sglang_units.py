@@ -377,6 +377,14 @@ def test_arguments_that_change_the_numbers_change_the_layout(
     assert fingerprint(**arguments) != fingerprint()
 
 
+def test_kv_that_may_be_rounded_has_a_name_of_its_own(model: str) -> None:
+    (exact,), (lossy,) = (
+        describe_rank(pool_groups(MHATokenToKVPool(64), 1), ModelConfig(model), 1, Ranks(), lossy_kv=name)
+        for name in ("none", "int8")
+    )
+    assert exact.layout(16).fingerprint != lossy.layout(16).fingerprint and lossy.layout(16).rounded_row > 0
+
+
 def test_random_weights_are_shared_with_nobody(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.setattr(model_of_sglang, "_server_args", lambda: SimpleNamespace(load_format="dummy"))
     described = [

@@ -180,6 +180,11 @@ def fingerprint(model: Path, **arguments: Any) -> bytes:
     return describe_pool(SimpleNamespace(model=str(model), **arguments), Pool(), 0).layout(16).fingerprint
 
 
+def test_kv_that_may_be_rounded_has_a_name_of_its_own(model: Path) -> None:
+    lossy = describe_pool(SimpleNamespace(model=str(model)), Pool(), 0, "int8").layout(16)
+    assert lossy.fingerprint != fingerprint(model) and lossy.lossy_kv == "int8"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -374,12 +374,13 @@ def test_secrets_in_files(tmp_path: Path) -> None:
         ("?codec=none", "none", ""),
         ("?codec=pack12", "pack12", ""),
         ("?codec=naive", "none", ""),
+        ("?codec=int8", "int8", ""),
         (
             "?codec=cachegen",
-            "pack12",
-            "codec=cachegen changes KV, which no codec here does: pack12 is used, which is lossless",
+            "int8",
+            "codec=cachegen is served by int8, which is more exact: it rounds the KV of engines",
         ),
-        ("?codec=fp8", "pack12", "lossless"),
+        ("?codec=fp8", "int8", "lossy_kv=int8 only"),
     ],
 )
 def test_the_codec_of_a_tier(given: str, codec: str, said: str) -> None:

@@ -1233,6 +1233,15 @@ def test_a_models_layout(weights: Path) -> None:
     assert shared.shards == 4 and stores == [True, False, True, False]
 
 
+def test_kv_that_may_be_rounded_has_a_name_of_its_own(weights: Path) -> None:
+    config = vllm_config(str(weights))
+    config.speculative_config = None
+    exact = describe_model(config, cache_config(FULL)).layout(16)
+    lossy = describe_model(config, cache_config(FULL), lossy_kv="int8").layout(16)
+    assert (exact.lossy_kv, lossy.lossy_kv) == ("none", "int8") and exact.fingerprint != lossy.fingerprint
+    assert read_settings(transfer()).lossy_kv == "none" and read_settings(transfer(lossy_kv="int8")).lossy_kv == "int8"
+
+
 def test_a_draft_models_weights_count_and_speculation_without_one_shares_the_kv(weights: Path, tmp_path: Path) -> None:
     def fingerprint(speculative: Any, model_id: str = "", engine: str = "engine") -> bytes:
         config = vllm_config(str(weights))

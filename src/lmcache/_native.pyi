@@ -81,6 +81,18 @@ def unpack12(stream: int, stream_bytes: int, raw: int, raw_bytes: int, scratch: 
     written to `raw`. scratch: the address of `stream_bytes` of memory, needed if the stream begins where `raw` does; else 0. The
     two may not overlap in any other way."""
 
+def to_int8(raw: int, raw_bytes: int, row: int, kind: int, stream: int, room: int, plain: int, /) -> int:
+    """Round rows of `row` values to 8 bits each (`native/int8.c` has the format), without the GIL.
+
+    raw, stream: addresses. row: 8 to 4096. kind: of the values, 0 for bfloat16, 1 for float16, 2 for float32. Return the bytes of
+    the stream; 0 if `room` does not suffice, there is no whole number of rows, or a value is not finite. At most `room` bytes are
+    written. plain: as in `pack12`.
+    """
+
+def from_int8(stream: int, stream_bytes: int, raw: int, raw_bytes: int, plain: int, /) -> bool:
+    """Restore the values of a stream of `to_int8`, without the GIL. Return whether it is a stream of `raw_bytes` bytes; if not,
+    nothing is written to `raw`. The stream may begin where `raw` does. The two may not overlap in any other way."""
+
 class Table:
     """The index of one space. `lmcache.cache.table` explains the terms.
 

@@ -232,7 +232,7 @@ def test_the_fields_of_an_encoded_frame() -> None:
 
 def test_a_frame_of_an_unknown_codec_is_a_miss_with_a_name() -> None:
     raw = normal(640)
-    for codec in (2, 77, 65535):
+    for codec in (3, 77, 65535):
         stored = bytearray(encoded_frame(raw))
         struct.pack_into("<H", stored, 52, codec)
         assert read(with_checksum(stored), len(raw))[0] == frame.NEWER_CODEC == "written by a newer version"

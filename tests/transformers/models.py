@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import torch
 from commands import PATIENCE, serve, set_deadline
 
+from lmcache.bench import quality
 from lmcache.engine import connection
 from lmcache.engine.blending import Blending
 from lmcache.integration.transformers import Attached, attach
@@ -184,6 +185,19 @@ def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict
         "flushed": flushed,
         "refusal": state.attached.refusal,
     }
+
+
+def do_quality(state: State, ids: list[list[int]], tokens: int, codecs: list[str], broken: bool = False) -> Any:
+    """What codecs do to KV of bfloat16, as `lmcache codec check` says. broken: as if all KV came back as zeros."""
+    one_way = quality.one_way
+    if broken:
+        quality.one_way = lambda rows, codec: (torch.zeros_like(rows), 1) if codec == "int8" else one_way(rows, codec)
+    try:
+        subject = quality.Subject(state.model, None, torch.bfloat16)
+        rows = subject.measure([prompt(*one)[0].tolist() for one in ids], codecs, tokens)
+    finally:
+        quality.one_way = one_way
+    return [one.told() for one in rows]
 
 
 def do_generate_in_inference_mode(state: State, ids: list[int]) -> dict[str, Any]:

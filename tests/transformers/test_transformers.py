@@ -72,6 +72,33 @@ def test_a_tier_is_weighed_against_what_computing_takes(server: Servers, user: A
     assert 0 < computing < longest
 
 
+def test_rounded_kv_is_used_where_it_is_accepted_and_nowhere_else(server: Servers, user: Any, tmp_path: Path) -> None:
+    """The prompt comes back from a tier with codec=int8: nearly the same logits, and for an exact model nothing at all."""
+    one = server(l1=256, chunk=16, flags=("--worth", "always", "--l2", f"disk://{tmp_path}/tier?max_gb=1&codec=int8"))
+    user.ask("attach", address=one.address, lossy_kv="int8", model_id="tiny")
+    assert right(user.ask("generate", ids=[300, 8]))
+    eventually(lambda: one.status()["tiers"][0]["codec"]["rounded_bytes"] > 0)
+    eventually(lambda: one.status()["tiers"][0]["counters"].get("kept_shards") == (300 + 7) // 16)
+    one.clear()
+    again = user.ask("generate", ids=[300, 8])
+    assert again["hit"] == 288 and TOLERANCE < again["difference"] < 0.5
+    user.ask("attach", address=one.address, model_id="tiny")
+    exact = user.ask("generate", ids=[300, 8])
+    assert right(exact) and exact["hit"] == 0
+
+
+def test_what_a_codec_does_to_answers_is_measured(user: Any) -> None:
+    prompts, codecs = [[120, seed] for seed in range(6)], ["none", "pack12", "int8"]
+    none, pack12, int8 = user.ask("quality", ids=prompts, tokens=4, codecs=codecs)
+    for lossless in (none, pack12):
+        assert lossless["bit_exact"] and lossless["kl"] == 0 and lossless["answer_same"] == 1
+    assert none["ratio"] == 1 and 1.2 < pack12["ratio"] < 1.35 and 1.3 < int8["ratio"] < 2
+    assert not int8["bit_exact"] and 0 < int8["kl"] < 0.01 and int8["prompts"] == 6
+    assert int8["kl_interval"][0] <= int8["kl"] <= int8["kl_interval"][1] <= int8["kl_worst"]
+    (broken,) = user.ask("quality", ids=prompts, tokens=4, codecs=["int8"], broken=True)
+    assert broken["kl"] > 10 * int8["kl"] and broken["answer_same"] < 1
+
+
 def test_a_longer_answer_than_foreseen(server: Servers, user: Any) -> None:
     """The room is for 1,024 tokens. What does not fit is computed outside; what did fit is stored and found."""
     one = server(l1=512, chunk=16)

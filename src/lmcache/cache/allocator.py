@@ -56,6 +56,8 @@ class Space:
     """The spaces of the same layout and group with other splits."""
     kv_dtype: str = ""
     """The dtype of the KV, as in the layout; "" if that is unknown."""
+    rounded_row: int = 0
+    """As in the layout; 0: the KV is exact."""
     share: float = 1.0
     """How much of the memory of one model this space may hold when memory is short; less than 1 for a group of a model."""
     instances: set[str] = field(default_factory=set)

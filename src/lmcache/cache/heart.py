@@ -130,6 +130,7 @@ class Heart(Filling):
         expected: Sequence[Split] = (),
         main: int = -1,
         kv_dtype: str = "",
+        rounded_row: int = 0,
     ) -> int:
         """Return the number of the space for this layout and split. A rank also gives its shard and the size of its extents.
 
@@ -158,7 +159,7 @@ class Heart(Filling):
         group = self._spaces.get(main)
         if group is not None and space.reach_chunks and not group.reach_chunks:
             space.main = group
-        space.kv_dtype = kv_dtype
+        space.kv_dtype, space.rounded_row = kv_dtype, rounded_row
         instance.spaces.add(space.number)
         self._allocator.join(space, instance.name)
         return space.number
@@ -179,7 +180,7 @@ class Heart(Filling):
             raise Refusal(f"{MAX_SISTERS} other splits of this model are open already")
         size = sum(space.shard_bytes) // split.count
         sister = self._new_space(space.family, split.count, space.reach_chunks, space.share, space.family, split)
-        sister.kv_dtype = space.kv_dtype
+        sister.kv_dtype, sister.rounded_row = space.kv_dtype, space.rounded_row
         for shard in range(split.count):
             self._open_shard(sister, shard, size)
 

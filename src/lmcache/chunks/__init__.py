@@ -5,6 +5,7 @@ May import: `lmcache.errors` and nothing else of this package.
 
 from lmcache.chunks.hashing import HASH_BYTES, TokenChain, chunk_hash, chunk_root, split_hashes
 from lmcache.chunks.layout import (
+    LOSSY_KV,
     PER_TOKEN_HEAD,
     SCALE_BYTES,
     Group,
@@ -18,6 +19,7 @@ from lmcache.chunks.layout import (
 
 __all__ = [
     "HASH_BYTES",
+    "LOSSY_KV",
     "PER_TOKEN_HEAD",
     "SCALE_BYTES",
     "Group",

@@ -18,7 +18,8 @@ from blake3 import blake3
 from lmcache.errors import LayoutError
 
 EXTENT_ORDER_VERSION = 1
-CODEC_RAW = 0
+LOSSY_KV = {"none": 0, "int8": 1}
+"""Names of what an engine accepts -> `Layout.codec`. none: exact KV. int8: KV that the codec of that name may have rounded."""
 FINGERPRINT_BYTES = 16
 MAX_NAME_CHARACTERS = 4096
 """The most characters in one text field of a layout, which is the longest path that Linux allows."""
@@ -33,6 +34,7 @@ DTYPE_BYTES = {
     "int8": 1,
     "uint8": 1,
 }
+_FLOATS = ("float32", "float16", "bfloat16")
 PER_TOKEN_HEAD = "per_token_head"
 """Scales that the engine computes for each KV head of each token."""
 SCALE_BYTES = 4
@@ -61,7 +63,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config_digest: str = ""
     slot_order: int = EXTENT_ORDER_VERSION
     """The field names are part of the fingerprint: with another name here, all stored KV would have another name, too."""
-    codec: int = CODEC_RAW
+    codec: int = LOSSY_KV["none"]
+    """What may have changed the KV of this name since it was computed, a number of `LOSSY_KV`."""
 
     def __post_init__(self) -> None:
         if self.kv_dtype not in DTYPE_BYTES:
@@ -78,6 +81,18 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def planes_per_layer(self) -> int:
         """2 (K and V); 1 for MLA, whose latent serves as both K and V, and for states."""
         return 2 if self.kind == "mha" else 1
+
+    @property
+    def rounded_row(self) -> int:
+        """The elements of a row that `int8` may round with one scale: the head of a token. 0 if this KV must stay exact, or if
+        rounding was never measured for its kind: latents of MLA, states, and KV that is quantized already."""
+        plain = self.kind == "mha" and self.kv_dtype in _FLOATS and not self.kv_scales
+        return self.head_size if self.codec == LOSSY_KV["int8"] and plain else 0
+
+    @property
+    def lossy_kv(self) -> str:
+        """The name of what the engine accepts, as in `LOSSY_KV`; its number if this release does not know it."""
+        return next((name for name, codec in LOSSY_KV.items() if codec == self.codec), str(self.codec))
 
     @property
     def fingerprint(self) -> bytes:

@@ -13,6 +13,7 @@ from lmcache import __version__
 from lmcache.cli import (
     bench,
     clear,
+    codec,
     completion,
     demo,
     describe,
@@ -69,7 +70,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"lmcache {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     modules = (
-        *(server, status, top, ping, describe, why, doctor, tier, predict, replay, size),
+        *(server, status, top, ping, describe, why, doctor, tier, predict, replay, size, codec),
         *(clear, settings, bench, demo, proxy, completion, kvcache),
     )
     for module in modules:

@@ -98,6 +98,11 @@ def _serde(text: str) -> str | None:
     return text.lower()
 
 
+def _codec_of(url: str) -> str | None:
+    """Return the option `codec` of a tier's URL; None without one."""
+    return dict(parse_qsl(urlsplit(url).query, keep_blank_values=True)).get("codec")
+
+
 def _disk(text: str) -> str | None:
     """Parse an absolute path, also given as file:///path."""
     if text.lower() in (*_NOTHING, "false"):
@@ -137,8 +142,9 @@ class EngineConfig:
     max_local_disk_size: float = _row(read.number(0, 1e6), 0.0)
     remote_url: str | None = _row(_remote, None)
     remote_serde: str | None = _row(
-        _serde, None, "cachegen, kivi, fp8: KV is stored by the lossless pack12, since no codec here changes KV"
+        _serde, None, "cachegen, kivi, fp8: KV is rounded by int8, which is more exact (docs/codecs.md)"
     )
+    lossy_kv: str = _row(read.word("auto", "none", "int8"), "auto")
     save_decode_cache: bool = _row(read.switch, False)
     save_unfull_chunk: bool = _row(read.switch, True)
     cache_policy: str = _row(read.word(*POLICIES), "LRU")
@@ -201,12 +207,16 @@ class EngineConfig:
             urls.append(self._with_codec(url))
         return tuple(urls)
 
+    @property
+    def lossy_kv_of_tiers(self) -> str:
+        """What `lossy_kv` is if these tiers say it: int8 if one of them rounds KV."""
+        return "int8" if any(_codec_of(url) in ("int8", *_SERDES[1:]) for url in self.tiers) else "none"
+
     def _with_codec(self, url: str) -> str:
         """Add `remote_serde` to a URL that names no codec itself."""
-        query = urlsplit(url).query
-        if self.remote_serde is None or "codec" in dict(parse_qsl(query, keep_blank_values=True)):
+        if self.remote_serde is None or _codec_of(url) is not None:
             return url
-        return f"{url}{'&' if query else '?'}codec={self.remote_serde}"
+        return f"{url}{'&' if urlsplit(url).query else '?'}codec={self.remote_serde}"
 
 
 MEANING = {
@@ -217,6 +227,7 @@ MEANING = {
     "max_local_disk_size": "The size of local_disk in GiB.",
     "remote_url": "A remote tier: any URL that --l2 of the server takes.",
     "remote_serde": "How KV is stored behind remote_url: naive, cachegen, kivi or fp8.",
+    "lossy_kv": "What may have changed the KV that the engine loads: none, int8, or auto: as the codec of remote_url says.",
     "save_decode_cache": "Whether generated tokens are stored too.",
     "save_unfull_chunk": "Whether the last, unfull chunk of a prompt is stored too.",
     "cache_policy": "The eviction policy.",

@@ -16,14 +16,14 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 from blake3 import blake3
 
-from lmcache.chunks import Layout
+from lmcache.chunks import LOSSY_KV, Layout
 from lmcache.engine.digests import DigestMemory, Stamp, be_nice, digest_file, stamp_of
 from lmcache.errors import IdentityUnknown, LayoutError
 from lmcache.observability.log import init_logger
@@ -112,9 +112,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Identity:
-    """The name of the weights that an engine serves; it has several parts if the engine also serves a draft model."""
+    """The name of the weights that an engine serves; it has several parts if the engine also serves a draft model. lossy_kv: what
+    may have changed the KV that the engine accepts, a name of `LOSSY_KV`; it is part of every layout."""
 
     parts: tuple[str | Finding, ...]
+    lossy_kv: str = "none"
 
     @property
     def name(self) -> str:
@@ -145,10 +147,16 @@ class Identity:
         Raises:
             IdentityUnknown: as `name`.
         """
-        return msgspec.structs.replace(model, model_id=self.name, chunk_tokens=chunk_tokens)
+        return msgspec.structs.replace(
+            model, model_id=self.name, chunk_tokens=chunk_tokens, codec=LOSSY_KV[self.lossy_kv]
+        )
+
+    def accepting(self, lossy_kv: str) -> Identity:
+        """Return the identity for an engine that accepts this KV, a name of `LOSSY_KV`."""
+        return replace(self, lossy_kv=lossy_kv)
 
     def __add__(self, other: Identity) -> Identity:
-        return Identity(self.parts + other.parts)
+        return replace(self, parts=self.parts + other.parts)
 
 
 def named(name: str) -> Identity:

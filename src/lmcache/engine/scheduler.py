@@ -373,6 +373,12 @@ class SchedulerSession(Session):
         if descriptor >= 0:
             os.close(descriptor)  # the scheduler copies nothing
         layout = self._layout_for(welcome.chunk_tokens)
+        if layout.codec and not self._fingerprint:
+            logger.warning(
+                "lossy_kv=%s: tiers with codec=%s may round this engine's KV, which has names of its own. Answers may differ "
+                "from those without LMCache (docs/codecs.md)",
+                *(layout.lossy_kv, layout.lossy_kv),
+            )
         spaces: list[int] = []
         for one in self._groups:  # the first group has all of a prompt, if any has
             request = one.registration(welcome.chunk_tokens, main=spaces[0] if spaces else -1)

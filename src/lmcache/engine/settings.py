@@ -30,6 +30,12 @@ class ServerSettings:
     model_id: str = ""
     synchronous_loads: Literal["auto", "never"] = "auto"
 
+    @property
+    def lossy_kv(self) -> str:
+        """What may have changed the KV that the engine accepts, a name of `LOSSY_KV`. Tiers of a server of its own may say."""
+        asked = self.config.lossy_kv
+        return asked if asked != "auto" else "none" if self.address else self.config.lossy_kv_of_tiers
+
     def endpoint(self, instance: str, role: str, rank: int = 0, address: str = "") -> Endpoint:
         """Return the endpoint of the engine `instance`, with `address`, if given, in place of the configured address."""
         return Endpoint(

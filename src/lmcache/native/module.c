@@ -11,6 +11,8 @@ static int execute(PyObject *module)
         return -1;
     if (PyModule_AddFunctions(module, lmcache_frames_methods) < 0)
         return -1;
+    if (PyModule_AddFunctions(module, lmcache_int8_methods) < 0)
+        return -1;
     if (PyModule_AddFunctions(module, lmcache_pack12_methods) < 0)
         return -1;
     if (lmcache_add_layouts(module) < 0 || lmcache_add_table(module) < 0)

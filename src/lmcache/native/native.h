@@ -68,6 +68,9 @@ extern PyMethodDef lmcache_frames_methods[];
 /* pack12.c: the codec of that name. Ends with a zero entry. */
 extern PyMethodDef lmcache_pack12_methods[];
 
+/* int8.c: the codec of that name. Ends with a zero entry. */
+extern PyMethodDef lmcache_int8_methods[];
+
 /* table.c: adds the `Table` type to the module. Returns 0, or -1 with a Python error set. */
 int lmcache_add_table(PyObject *module);
 

@@ -114,6 +114,7 @@ HELP: dict[str, str] = {
     "tier_lost_bytes_total": "Bytes of the chunks that were not written to the tier, by reason.",
     "tier_encoded_bytes_total": "Bytes of the shards that the tier stores with a codec, before encoding.",
     "tier_encoded_stored_bytes_total": "Bytes of the same shards after encoding.",
+    "tier_rounded_bytes_total": "Bytes of those of them that were rounded by int8, before encoding. 0: all KV here is exact.",
     "tier_failed_total": "Calls of the tier that failed, by reason.",
     "tier_opened_breaker_total": "How often one of the tier's circuit breakers opened.",
 }
@@ -144,6 +145,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "tier_loaded_shards_total": ("tier",),
     "tier_encoded_bytes_total": ("tier",),
     "tier_encoded_stored_bytes_total": ("tier",),
+    "tier_rounded_bytes_total": ("tier",),
     "tier_loaded_bytes_total": ("tier",),
     "tier_missed_total": ("tier", "reason"),
     "tier_kept_shards_total": ("tier",),

@@ -187,16 +187,22 @@ class Service:
             space = self.l1.open_space(
                 *(peer.process, name, *shard, reach, request.share, family, split, expected, request.main),
                 kv_dtype=layout.kv_dtype,
+                rounded_row=layout.rounded_row,
             )
         except TooSmall as error:
             self.sessions.refused.note(f"{peer.who}, from {peer.host}", "small L1", str(error))
             raise
         if not peer.layout:
             logger.info("Engine process connected: %s, over %s", peer.who, peer.endpoint)
+            if layout.codec:
+                logger.info(
+                    "Its KV may be rounded (lossy_kv=%s), and has names of its own: %s", layout.lossy_kv, peer.who
+                )
         peer.spaces[space] = layout.model_id
         peer.layout = {
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,
+            "lossy_kv": layout.lossy_kv,
             "num_layers": layout.num_layers,
             "num_kv_heads": layout.num_kv_heads,
             "head_size": layout.head_size,

@@ -153,6 +153,7 @@ class TierReport:
             if runner.coder is not None:
                 out[f"tier_encoded_bytes_total{label}"] = runner.coder.raw_bytes
                 out[f"tier_encoded_stored_bytes_total{label}"] = runner.coder.stored_bytes
+                out[f"tier_rounded_bytes_total{label}"] = runner.coder.rounded_bytes
         for tier, both in self.counted().items():
             for name, value in (*both[0].items(), *both[1].items()):
                 kind, _, reason = name.partition(":")

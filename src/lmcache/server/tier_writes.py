@@ -182,7 +182,10 @@ class Writes:
             return
         parents = (parent for parent in split_hashes(batch.parents) for _ in range(space.shards))
         shards = [
-            Shard(key, parent, self._l1.view(sector, space.shard_bytes[key.shard]).toreadonly(), space.kv_dtype)
+            Shard(
+                *(key, parent, self._l1.view(sector, space.shard_bytes[key.shard]).toreadonly(), space.kv_dtype),
+                rounded_row=space.rounded_row,
+            )
             for key, parent, sector in zip(shard_keys(space, batch.hashes), parents, array("I", extents), strict=True)
         ]
         sizes = {one.key: one.payload.nbytes for one in shards}

@@ -13,13 +13,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lmcache.observability.log import init_logger
-from lmcache.tiers.coding import PACKABLE, SCRATCH, aligned, coding_of, decode, encode
+from lmcache.tiers.coding import (
+    AS_IT_IS,
+    INT8,
+    PACKABLE,
+    SCRATCH,
+    Coding,
+    aligned,
+    coding_of,
+    coding_of_rounded,
+    decode,
+    encode,
+    encode_rounded,
+    rounds,
+)
 from lmcache.tiers.tier import OK, Shard, ShardKey, Tier
 
-OPTIONS = ("auto", "none", "pack12")
-"""Values of the option `codec`. auto: encode where that makes the tier faster."""
+OPTIONS = ("auto", "none", "pack12", "int8")
+"""Values of the option `codec`. auto: encode where that makes the tier faster. int8: round the KV of engines that accept it."""
 NAIVE, LOSSY = "naive", ("cachegen", "kivi", "fp8")
-"""Names of the public LMCache's codecs: its one for none, and those that change KV, for which there is no counterpart."""
+"""Names of the public LMCache's codecs: its one for none, and those that change KV, which `int8` serves."""
 _LEAST_SAVING = 20
 """A payload that does not become smaller by 1/20 is stored as it is."""
 _SAMPLE_BYTES = 256 << 10
@@ -85,11 +98,15 @@ class Coder:
     def __init__(self, tier: Tier, name: str, now: Callable[[], float]) -> None:
         self._tier, self._name, self._now = tier, name, now
         self.option = tier.codec
-        self.encodes = self.option == "pack12"
-        """Whether KV is encoded now."""
+        self.encodes = self.option in ("pack12", "int8")
+        """Whether exact KV in bfloat16 is encoded now."""
+        self.rounds = self.option == "int8"
+        """Whether KV is rounded, if its layout says so."""
         self.why = {"auto": "the tier's speed is not known yet"}.get(self.option, f"codec={self.option}")
         self.raw_bytes = self.stored_bytes = 0
         """Of all payloads that were stored encoded: before and after."""
+        self.rounded_bytes = 0
+        """Of those that were rounded: before."""
         self._lock = threading.Lock()
         """Protects all numbers."""
         self._loads, self._stores = _Rate(), _Rate()
@@ -105,10 +122,11 @@ class Coder:
         with self._lock:
             return {
                 "option": self.option,
-                "used": "pack12" if self.encodes else "none",
+                "used": "int8" if self.rounds else "pack12" if self.encodes else "none",
                 "why": self.why,
                 "raw_bytes": self.raw_bytes,
                 "stored_bytes": self.stored_bytes,
+                "rounded_bytes": self.rounded_bytes,
                 "ratio": round(self.raw_bytes / self.stored_bytes, 3) if self.stored_bytes else None,
             }
 
@@ -131,7 +149,7 @@ class Coder:
         """Store as the tier does, encoded if the option says so or it makes the tier faster."""
         if self.option == "none":
             return self._tier.store(shards)
-        packable = [at for at, one in enumerate(shards) if one.kv_dtype in PACKABLE]
+        packable = [at for at, one in enumerate(shards) if one.kv_dtype in PACKABLE or self._may_round(one)]
         if packable and self.option == "auto":
             self._decide(shards[packable[0]].payload)
         if not packable or not self.encodes:
@@ -139,16 +157,29 @@ class Coder:
         with SCRATCH.taken(sum(aligned(shards[at].payload.nbytes) for at in packable)) as memory:
             coded, end = list(shards), 0
             for at in packable:
-                payload = shards[at].payload.cast("B")
-                size = encode(payload, memory[end : end + payload.nbytes - payload.nbytes // _LEAST_SAVING])
+                size, coding = self._encode(shards[at], memory[end : end + shards[at].payload.nbytes])
                 if size:
-                    coding = coding_of(payload)
                     coded[at] = shards[at]._replace(payload=memory[end : end + size].toreadonly(), coding=coding)
                     end += aligned(size)
             return self._store(coded)
 
+    def _may_round(self, shard: Shard) -> bool:
+        """Return whether to round this shard: its layout is one of rounded KV, and the tier's user has asked for it, too."""
+        return self.rounds and rounds(shard.kv_dtype, shard.rounded_row)
+
+    def _encode(self, shard: Shard, into: memoryview) -> tuple[int, Coding]:
+        """Encode a shard. Return the bytes of `into` that it takes, and its coding; 0 bytes if it is stored as it is."""
+        payload = shard.payload.cast("B")
+        room = into[: payload.nbytes - payload.nbytes // _LEAST_SAVING]
+        if self._may_round(shard):
+            size = encode_rounded(payload, shard.kv_dtype, shard.rounded_row, room)
+            if size:
+                return size, coding_of_rounded(room[:size], payload.nbytes)
+        size = encode(payload, room) if shard.kv_dtype in PACKABLE else 0
+        return size, coding_of(payload) if size else AS_IT_IS
+
     def _store(self, shards: Sequence[Shard]) -> list[str]:
-        moved_bytes = 0
+        moved_bytes, first = 0, False
         with self._lock:
             self._stores.began(self._now())
         try:
@@ -163,6 +194,14 @@ class Coder:
                 if one.coding.raw_bytes:
                     self.raw_bytes += one.coding.raw_bytes
                     self.stored_bytes += one.payload.nbytes
+                if one.coding.codec == INT8:
+                    first = first or not self.rounded_bytes
+                    self.rounded_bytes += one.coding.raw_bytes
+        if first:
+            log.info(
+                "Tier %s: KV of engines with lossy_kv=int8 is stored rounded by int8 from now on; all other KV stays exact",
+                self._name,
+            )
         return outcomes
 
     def _decoded(self, raw_bytes: int, stored_bytes: int) -> None:

@@ -73,7 +73,7 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
     if kind.codecs or url.options.get("codec") in ("none", NAIVE):
         codec = url.take("codec", word(*OPTIONS, NAIVE, *LOSSY), "auto")
     tier = kind.from_url(url)
-    tier.codec = "none" if codec == NAIVE else "pack12" if codec in LOSSY else codec
+    tier.codec = "none" if codec == NAIVE else "int8" if codec in LOSSY else codec
     url.finish()
     warnings = []
     if url.inline_secret:
@@ -81,7 +81,9 @@ def make_tier(text: str, runtime: Runtime = RUNTIME) -> TierSpec:
             "a password in the URL can be read by every user of this machine; use ${NAME} or ?password_file="
         )
     if codec in LOSSY:
-        warnings.append(f"codec={codec} changes KV, which no codec here does: pack12 is used, which is lossless")
+        warnings.append(
+            f"codec={codec} is served by int8, which is more exact: it rounds the KV of engines with lossy_kv=int8 only"
+        )
     warning = f"{url.redacted}: {'; '.join(warnings)}" if warnings else ""
     return TierSpec(name, url.redacted, write, read, tier, warning, admit)
 

@@ -60,7 +60,8 @@ class Shard(NamedTuple):
     """A shard to store. `parent`: the 16-byte hash of the preceding chunk, zeros for a first chunk.
 
     kv_dtype: what its elements are, as in the layout; "" if that is unknown. coding: how the payload is encoded, which belongs
-    into the frame's header. Only a tier whose class says `codecs` gets encoded payloads.
+    into the frame's header. Only a tier whose class says `codecs` gets encoded payloads. rounded_row: the elements of each row
+    that a lossy codec may round with one scale (`Layout.rounded_row`); 0: the KV is exact, and stays so.
     """
 
     key: ShardKey
@@ -68,6 +69,7 @@ class Shard(NamedTuple):
     payload: memoryview
     kv_dtype: str = ""
     coding: Coding = AS_IT_IS
+    rounded_row: int = 0
 
     def is_kept(self, stored_bytes: int) -> bool:
         """Return whether a stored payload of so many bytes is this shard already, as it is to be stored or not encoded."""

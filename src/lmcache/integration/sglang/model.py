@@ -100,9 +100,10 @@ def describe_rank(
     *,
     model_id: str = "",
     engine_id: str = "",
+    lossy_kv: str = "none",
 ) -> list[ServedKV]:
     """Describe one rank's KV, by groups. model_id: the user's name for the weights. engine_id: the same in all ranks of this
-    engine only.
+    engine only. lossy_kv: as in `Identity`.
 
     Raises:
         LayoutError: this KV cannot be cached; the message says why.
@@ -115,7 +116,7 @@ def describe_rank(
     described = [_describe_group(one, model_config, page_size, ranks, digest) for one in groups]
     weights = str(model_config.model_path), load_format(), model_config, engine_id
     identity = named(model_id) if model_id else weights_identity(*weights, REMEDY)
-    return [replace(one, identity=identity) for one in described]
+    return [replace(one, identity=identity.accepting(lossy_kv)) for one in described]
 
 
 def _describe_group(one: Buffers, model_config: Any, page_size: int, ranks: Ranks, digest: str) -> ServedKV:

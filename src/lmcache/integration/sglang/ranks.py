@@ -196,7 +196,8 @@ def open_rank(
     kv, server, vocabulary, refusal = None, None, 0, "another rank's KV cannot be cached"
     try:
         vocabulary = int(model_config.vocab_size)
-        kv = describe_rank(buffers(), model_config, page_size, ranks, model_id=settings.model_id, engine_id=name)
+        own = {"model_id": settings.model_id, "engine_id": name, "lossy_kv": settings.lossy_kv}
+        kv = describe_rank(buffers(), model_config, page_size, ranks, **own)
         if not settings.address and not ranks.number:
             server = start_own_server(name, settings.config)
             kv, refusal = (kv, refusal) if server is not None else (None, NOT_STARTED)

@@ -140,7 +140,9 @@ class Worker(KvCacheConnectorWorker):  # type: ignore[misc]
         instance = mpi_broadcast(self._meeting.instance if self._meeting is not None else None, 0)
         epoch = b""
         try:
-            epoch = self._open(describe_pool(self._args, kv_cache_tensor, self._rank), self.settings(), instance)
+            settings = self.settings()
+            kv = describe_pool(self._args, kv_cache_tensor, self._rank, settings.lossy_kv)
+            epoch = self._open(kv, settings, instance)
         except NOT_SERVED as error:
             self._refuse(refusal_of(error, "TensorRT-LLM"))
         epochs = mpi_allgather(epoch) if self._ranks > 1 else [epoch]

@@ -21,8 +21,9 @@ _HEADS_OUTSIDE_TOKENS = "TRTLLM"
 """The attention backend whose blocks are [head][token][dim]. The pool's shape does not show the order of other backends."""
 
 
-def describe_pool(llm_args: Any, pool: Any, rank: int) -> ServedKV:
-    """Describe the pool [blocks, layers, 2 (1 for MLA), elements of a block] of a tensor-parallel rank.
+def describe_pool(llm_args: Any, pool: Any, rank: int, lossy_kv: str = "none") -> ServedKV:
+    """Describe the pool [blocks, layers, 2 (1 for MLA), elements of a block] of a tensor-parallel rank. lossy_kv: as in
+    `Identity`.
 
     Raises:
         LayoutError: this engine's KV cannot be cached; the message says why.
@@ -47,7 +48,8 @@ def describe_pool(llm_args: Any, pool: Any, rank: int) -> ServedKV:
     )
     shard = shard_of_rank(layout, rank, tp_size, 0, layout.num_layers)
     paged = _paged(pool, shard.end_head - shard.first_head, layout, _tokens_per_block(llm_args))
-    return ServedKV(_identity(llm_args, folder), layout, shard, paged, stores_its_shard(layout, rank, tp_size))
+    identity = _identity(llm_args, folder).accepting(lossy_kv)
+    return ServedKV(identity, layout, shard, paged, stores_its_shard(layout, rank, tp_size))
 
 
 def model_folder(llm_args: Any) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lmcache.chunks import LOSSY_KV
 from lmcache.chunks.passages import cut
 from lmcache.engine import Copy, Request, StorePlan
 from lmcache.engine.blending import Blending
@@ -60,6 +61,7 @@ def attach(
     model_id: str = "",
     cache_salt: str = "",
     deadline_seconds: float = 2.0,
+    lossy_kv: str = "none",
     enable_blending: bool | None = None,
     blending: Blending | None = None,
     tokenizer: Any = None,
@@ -73,22 +75,26 @@ def attach(
             after each change.
         cache_salt: only processes with the same salt share KV.
         deadline_seconds: how long one call of `generate` may wait for a server that does not answer.
+        lossy_kv: "int8" accepts KV that tiers with codec=int8 have rounded (docs/codecs.md). "none": exact KV only.
         enable_blending: find texts between separators wherever they stand in a prompt. What is computed from them is not exactly
             what a model computes without LMCache (docs/blending.md). None: as LMCACHE_ENABLE_BLENDING says, by default not.
         blending: how, in place of LMCACHE_BLEND_* and the defaults; this alone switches blending on, too.
         tokenizer: the model's, for the separator; by default the one that is found under the model's name.
 
     Raises:
-        ValueError: the address is not tcp://host:port, or the deadline is out of range.
+        ValueError: the address is not tcp://host:port, the deadline is out of range, or lossy_kv is no such name.
         ConfigError: the process's own server cannot be started, or a setting of blending is wrong.
     """
+    if lossy_kv not in LOSSY_KV:
+        raise ValueError(f"lossy_kv is {lossy_kv!r}; it must be one of {', '.join(LOSSY_KV)}")
     instance = f"transformers-{uuid.uuid4().hex}"
     if blending is None and enable_blending is not False:
         blending = given_blending(model, enable_blending, tokenizer)
     where = embedded_address(instance) if embedded_gb else given_address(address)
     endpoint = Endpoint(where, instance, "scheduler", deadline_seconds=deadline_seconds)
     own = EmbeddedServer(instance, l1_size_gb=embedded_gb) if embedded_gb else None
-    return Attached(model, endpoint, model_id, cache_salt, own, None if enable_blending is False else blending)
+    blending = None if enable_blending is False else blending
+    return Attached(model, endpoint, model_id, cache_salt, own, blending, lossy_kv)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class Attached:
         cache_salt: str = "",
         own: EmbeddedServer | None = None,
         blending: Blending | None = None,
+        lossy_kv: str = "none",
     ) -> None:
         self.refusal = self.blending_refusal = ""
         """Why this model is not cached, and why nothing is blended although that was asked for; "" if it is."""
@@ -124,7 +131,7 @@ class Attached:
         self.blended_requests = self.blended_tokens = self.recomputed_tokens = 0
         """In how many prompts passages were blended, how many tokens these had, and how many of them were computed again."""
         self._model, self._generate, self._endpoint = model, model.generate, endpoint
-        self._model_id, self._salt, self._own = model_id, cache_salt, own
+        self._model_id, self._salt, self._own, self._lossy_kv = model_id, cache_salt, own, lossy_kv
         self._rank: LocalRank[Request] | None = None
         self._pool: Pool | None = None
         self._blender: Blender | None = None
@@ -401,7 +408,7 @@ class Attached:
         apart = self._blender.settings.room(tokens, BLOCK_TOKENS) if self._blender is not None else 0
         self._pool = Pool(shape, tokens, apart)
         threads = min(_COPY_THREADS, torch.get_num_threads()) if shape.device.type == "cpu" else 1
-        first, *others = served_kv(self._model, shape, self._pool, identity)
+        first, *others = served_kv(self._model, shape, self._pool, identity.accepting(self._lossy_kv))
         self._rank = LocalRank(self._endpoint, first, threads=threads, ended=self._ended, others=others)
         self._rank.requests.prefill = self._prefill
         self._rank.wait_for_server(self._own, wait_seconds)

@@ -97,7 +97,9 @@ class Connector:
 
     def _describe_stages(self, stages: Stages) -> None:
         try:
-            self._kv = describe_model(self._vllm_config, self._kv_cache_config, self._settings.model_id, stages)
+            self._kv = describe_model(
+                *(self._vllm_config, self._kv_cache_config, self._settings.model_id, stages, self._settings.lossy_kv)
+            )
             if not self._kv.fails_by_request:
                 self._synchronous = "always" if self._in_process else self._settings.synchronous_loads
         except NOT_SERVED as error:

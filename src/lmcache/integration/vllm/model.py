@@ -164,8 +164,10 @@ def zeroes_first(vllm_config: Any, kv_cache_config: Any) -> bool:
     return zeroes and bool(getattr(vllm_config, "use_v2_model_runner", True))
 
 
-def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", stages: Stages = ()) -> ModelKV:
-    """Describe the KV of the model that vLLM serves. stages: needed if the model `needs_ranks`.
+def describe_model(
+    vllm_config: Any, kv_cache_config: Any, model_id: str = "", stages: Stages = (), lossy_kv: str = "none"
+) -> ModelKV:
+    """Describe the KV of the model that vLLM serves. stages: needed if the model `needs_ranks`. lossy_kv: as in `Identity`.
 
     Raises:
         LayoutError: this engine's KV cannot be cached; the message says why.
@@ -186,7 +188,7 @@ def describe_model(vllm_config: Any, kv_cache_config: Any, model_id: str = "", s
     # The identity comes last: the weights of a refused engine need not be hashed.
     digest = config_digest(vllm_config)
     described = [_describe_group(vllm_config, one, groups, digest) for one in groups]
-    identity = served_identity(vllm_config, model_id)
+    identity = served_identity(vllm_config, model_id).accepting(lossy_kv)
     parts = [replace(one, identity=identity) for one in described]
     return replace(parts[0], others=tuple(parts[1:]))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lmcache.config.given import nearest
 from lmcache.config.options import deadline, integer, word
 from lmcache.engine.endpoint import MOST_HEARTBEAT_SECONDS, TRANSFER_MODES, server_address
-from lmcache.engine.settings import DEFAULT_DEADLINE_SECONDS, ServerSettings
+from lmcache.engine.settings import DEFAULT_DEADLINE_SECONDS, WITH_A_DAEMON, ServerSettings
 from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 
@@ -61,6 +62,12 @@ SETTINGS: dict[str, Setting] = {
     "model_id": Setting(
         str, "", "A name for the weights, for weights that cannot be identified. Without it: from the weights."
     ),
+    "lossy_kv": Setting(
+        word("none", "int8"),
+        "none",
+        "`int8`: the engine accepts KV that tiers with `codec=int8` have rounded, and has KV under names of its own. `none`: "
+        "exact KV only. See [codecs](../codecs.md).",
+    ),
     "synchronous_loads": Setting(
         word("auto", "never"),
         "auto",
@@ -104,6 +111,7 @@ def read_settings(kv_transfer_config: Any) -> ServerSettings:
         )
     return ServerSettings(
         server_address(read("host"), read("port")),
+        replace(WITH_A_DAEMON, lossy_kv=read("lossy_kv")),
         deadline_seconds=read("mq_timeout"),
         heartbeat_seconds=min(heartbeat, MOST_HEARTBEAT_SECONDS),
         transfer_mode=mode,

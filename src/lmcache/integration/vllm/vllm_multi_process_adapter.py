@@ -304,7 +304,7 @@ def _engine_of_caller() -> _Engine | None:
         vllm_config, kv_cache_config = _configs_of_callers()
         settings = read_settings(vllm_config.kv_transfer_config)
         _refuse_what_is_not_told(vllm_config)
-        kv = describe_model(vllm_config, kv_cache_config, settings.model_id)
+        kv = describe_model(vllm_config, kv_cache_config, settings.model_id, lossy_kv=settings.lossy_kv)
         if kv.fails_by_request:
             raise LayoutError(
                 "vLLM's own class of LMCacheMPConnector does not tell which blocks belong to which kind of KV of a model with "
