@@ -225,6 +225,8 @@ class Heart(Filling):
         missed = asked - chunks
         if missed and not partly:
             return Hit(0, 0, b"")
+        if not again:
+            space.table.asked(now, hashes)
         if chunks and not again:
             self._count_hit(by, spaces, hashes, chunks, found)
         if isinstance(found, bytes):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lmcache.cache import Heart, Refusal
-from lmcache.cache.table import Table
+from lmcache.cache.table import Habits, Table
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
 from lmcache.memory.slabs import SECTOR_BYTES
@@ -20,8 +20,17 @@ from lmcache.sizing.trace import Cleared, Lookup, Lost, Opened, Record, Stored
 
 DEFAULT = "LRU"
 """The policy of `lmcache server`, which `default` stands for."""
-_LRU = Table
-POLICIES: dict[str, Callable[[Callable[[], float]], Callable[[int], Table]]] = {"LRU": lambda now: _LRU}
+
+
+def _learning(now: Callable[[], float]) -> Callable[[int], Table]:
+    habits = Habits()
+    return lambda shards: Table(shards, habits)
+
+
+POLICIES: dict[str, Callable[[Callable[[], float]], Callable[[int], Table]]] = {
+    "LRU": lambda now: Table,
+    "learned": _learning,
+}
 """Name -> from the trace's clock to what makes the table of a space."""
 _PROCESS = 1
 _BLOCK_BYTES = SECTOR_BYTES
