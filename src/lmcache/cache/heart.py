@@ -82,6 +82,7 @@ class Heart(Filling):
             until the lease is released or the reservation committed.
         new_table: makes the table of a space from its number of shards.
         first_number: the number of the first lease or reservation.
+        group_table: makes the table of a group of a model with several kinds of KV; None for `new_table`.
     """
 
     # Processes
@@ -442,7 +443,8 @@ class Heart(Filling):
             detail = partial(Event._replace, hashes=keys[space.number])
             self.events.emit("cleared", space.number, space.complete, "", NOBODY, detail)
             gone += space.complete
-            space.table, space.complete = self._new_table(space.shards), 0
+            space.table = self._new_empty(space.shards, space.reach_chunks, space.share)
+            space.complete = 0
             space.last_used.clear()
         self.promises.clear()
         self._note_cleared()

@@ -34,7 +34,7 @@ static unsigned above(unsigned row)
         return LEFT_AT + (row - KINDS_AT - FINE) / SIZES;
     if (row >= KINDS_AT)
         return MIDDLE_AT + (row - KINDS_AT) / SIZES;
-    return row >= MIDDLE_AT ? 1 + (row - MIDDLE_AT) / TURNS : 0;
+    return row >= MIDDLE_AT ? 1 + (row - MIDDLE_AT) / (TURNS * ANSWERS) : 0;
 }
 
 /* Adds what is known of a row to the sums of the row above. */
@@ -94,28 +94,31 @@ static void derive(habits_t *h, unsigned row)
         const double *live = row < KINDS_AT ? NULL : h->live[row - KINDS_AT];
         uses[age] = live ? h->used[row - KINDS_AT][age] : h->sums[row][0][age];
         ends[age] = live ? h->ended[row - KINDS_AT][age] + live[age] : h->sums[row][1][age];
-        total += ends[age];
+        total += fabs(ends[age]);
     }
     if (row < KINDS_AT)
         memset(h->sums[row], 0, sizeof h->sums[row]);
     h->version++;
     if (row && total < 1e-6) { /* nothing is known but what holds for the group above */
-        memcpy(h->rates[row], h->rates[above(row)], sizeof h->rates[row]);
+        if (row < KINDS_AT)
+            memcpy(h->rates[row], h->rates[above(row)], sizeof h->rates[row]);
         memcpy(h->worth[row], h->worth[above(row)], sizeof h->worth[row]);
         return;
     }
     double beyond = 0;
-    for (int age = AGES; age-- > 0; beyond += ends[age])
-        watched[age] = (beyond + 0.5 * ends[age]) * lengths[age];
+    for (int age = AGES; age-- > 0; beyond += ends[age]) {
+        double there = beyond + 0.5 * ends[age];
+        watched[age] = there > 0 ? there * lengths[age] : 0;
+    }
     smooth(uses, smooth_uses);
     smooth(watched, smooth_watched);
-    double weight = !row ? PRIOR_OF_ALL : row < MIDDLE_AT ? PRIOR_COARSE : PRIOR;
+    double weight = !row ? PRIOR_OF_ALL : row < MIDDLE_AT ? PRIOR_COARSE : PRIOR, own[AGES];
+    double *rates = row < KINDS_AT ? h->rates[row] : own;
     for (int age = 0; age < AGES; age++) {
         double prior = row ? h->rates[above(row)][age] : PRIOR_RATE / middles[age];
-        h->rates[row][age] =
-            (smooth_uses[age] + weight * lengths[age] * prior) / (smooth_watched[age] + weight * lengths[age]);
+        rates[age] = (smooth_uses[age] + weight * lengths[age] * prior) / (smooth_watched[age] + weight * lengths[age]);
     }
-    derive_worth(h->rates[row], h->worth[row]);
+    derive_worth(rates, h->worth[row]);
 }
 
 static void advance(habits_t *h, unsigned steps)
@@ -131,7 +134,7 @@ static void advance(habits_t *h, unsigned steps)
 
 void lmcache_habits_prompt(habits_t *h)
 {
-    unsigned prompts = h->prompts++ < 256 ? 16 : 64;
+    unsigned prompts = h->prompts++ < 256 ? 16 : 128;
     advance(h, (2 * ROWS - 1 + prompts - 1) / prompts);
 }
 
@@ -180,7 +183,7 @@ static PyObject *habits_restore(PyObject *self, PyObject *arg)
     for (Py_ssize_t at = 0; fits && at < size; at += (Py_ssize_t)sizeof(double)) {
         double weight;
         memcpy(&weight, bytes + at, sizeof weight);
-        fits = weight >= 0 && weight < 1e12; /* false for what is not a number, too */
+        fits = fabs(weight) < 1e12; /* false for what is not a number, too */
     }
     if (!fits) {
         PyErr_SetString(PyExc_ValueError, "these are no saved habits of this version");
@@ -202,13 +205,6 @@ static PyObject *habits_worths(PyObject *self, PyObject *unused)
     return PyBytes_FromStringAndSize((const char *)h->worth[KINDS_AT], (Py_ssize_t)(KINDS * sizeof h->worth[0]));
 }
 
-static PyObject *habits_rates(PyObject *self, PyObject *unused)
-{
-    const habits_t *h = (const habits_t *)self;
-    (void)unused;
-    return PyBytes_FromStringAndSize((const char *)h->rates[KINDS_AT], (Py_ssize_t)(KINDS * sizeof h->rates[0]));
-}
-
 static PyObject *habits_prompts(PyObject *self, PyObject *unused)
 {
     (void)unused;
@@ -218,7 +214,7 @@ static PyObject *habits_prompts(PyObject *self, PyObject *unused)
 #define NOTHING(name) {#name, habits_##name, METH_NOARGS, NULL}
 
 static PyMethodDef methods[] = {
-    NOTHING(saved), {"restore", habits_restore, METH_O, NULL}, NOTHING(worths), NOTHING(rates), NOTHING(prompts), {NULL, NULL, 0, NULL},
+    NOTHING(saved), {"restore", habits_restore, METH_O, NULL}, NOTHING(worths), NOTHING(prompts), {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot type_slots[] = {

@@ -8,10 +8,10 @@
 
 #define AGES 64 /* an age is the number of a stretch of time since the last use; three to an octave, from 50 ms to 29 hours */
 
-enum { COUNTS = 7, TURNS = 5, SIZES = 8 };
+enum { COUNTS = 7, TURNS = 5, ANSWERS = 6, SIZES = 8 };
 enum {
     COARSE = COUNTS * 2,     /* how often a chunk was used, and whether it was the last one of its prompt */
-    MIDDLE = COARSE * TURNS, /* and which turn of a conversation that was */
+    MIDDLE = COARSE * TURNS * ANSWERS, /* and which turn of a conversation that was, and how long the answer */
     FINE = MIDDLE * SIZES,   /* and how much of the prompt was new */
     LEFT = COUNTS * SIZES,   /* how often the chunk was used at which a later prompt went another way, and how many were left */
     KINDS = FINE + LEFT,
@@ -25,11 +25,12 @@ typedef struct {
     PyObject_HEAD
     /* By kind and age, in weights; the chunks of one prompt that are of one kind weigh 1 together. */
     double used[KINDS][AGES];  /* used again at this age */
-    double ended[KINDS][AGES]; /* no longer watched at this age: used again, left behind, or forgotten */
+    double ended[KINDS][AGES]; /* no longer watched at this age: used again, left behind, or forgotten; those
+                                  that were watched only from an age on, as another kind before, count negatively at that age */
     double live[KINDS][AGES];  /* watched, and of this age now */
     /* By row: 0 stands for all kinds, KINDS_AT and following for one kind each, the others for groups of kinds. */
     double sums[KINDS_AT][2][AGES]; /* while they are added up: uses, and ends of any kind with what is live */
-    double rates[ROWS][AGES];       /* uses a second */
+    double rates[KINDS_AT][AGES];   /* uses a second */
     float worth[ROWS][AGES];
     uint32_t step;    /* of the computation of rates and worths, which goes round and round */
     uint32_t version; /* changes whenever a worth does */
@@ -71,7 +72,16 @@ static inline unsigned count_code(uint32_t count)
 
 static inline unsigned kind_of(uint32_t count, int last, unsigned turn, uint32_t new_chunks)
 {
-    return ((count_code(count) * 2 + (last != 0)) * TURNS + turn - 1) * SIZES + size_code(1 + new_chunks);
+    return ((count_code(count) * 2 + (last != 0)) * TURNS + turn - 1) * ANSWERS * SIZES + size_code(1 + new_chunks);
+}
+
+/* The same kind, with an answer of so many tokens. */
+static inline unsigned answered_kind(unsigned kind, uint32_t tokens)
+{
+    unsigned code = 1;
+    for (tokens >>= 4; tokens && code + 1 < ANSWERS; tokens >>= 2)
+        code++;
+    return kind - kind / SIZES % ANSWERS * SIZES + code * SIZES;
 }
 
 static inline unsigned left_kind(uint32_t count, uint32_t left)
@@ -79,7 +89,7 @@ static inline unsigned left_kind(uint32_t count, uint32_t left)
     return FINE + count_code(count) * SIZES + size_code(left);
 }
 
-/* Notes that another prompt has come, and goes on with the computation: all rows within 64 prompts, of the first 256 within 16. */
+/* Notes that another prompt has come, and goes on with the computation: all rows within 128 prompts, of the first 256 within 16. */
 void lmcache_habits_prompt(habits_t *habits);
 
 #endif

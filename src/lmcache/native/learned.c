@@ -48,6 +48,7 @@ typedef struct {
     uint32_t before, after; /* in the list of its age; `after` also of the free list */
     uint32_t child, sibling, back; /* in the heap; `back` is the parent or the sibling before */
     uint32_t candidates;
+    uint32_t next_of_prompt, previous_of_prompt;
     uint16_t kind;
     uint8_t turn, age;
 } group_t;
@@ -55,7 +56,8 @@ typedef struct {
 typedef struct {
     double now;
     PyObject *hashes;
-} waiting_prompt_t;
+    int64_t answered; /* tokens of an answer to the prompt that ends with the one hash, or -1 for a new prompt */
+} news_t;
 
 typedef struct {
     uint8_t **segments;
@@ -73,12 +75,13 @@ struct learned {
     uint32_t oldest, newest, cursor;   /* notes by access; the cursor is the oldest one that is not PASSED_BY */
     uint32_t accesses, prompts;
     uint32_t first[AGES], last[AGES];
-    uint32_t (*roots)[AGES]; /* of the heaps, by kind and age */
-    uint64_t filled[KINDS];  /* a bit for each age whose heap is not empty */
+    uint32_t (*roots)[AGES]; /* of the heaps, by kind and age: the group and 1, so that unused pages take no memory */
+    uint64_t kinds[KINDS / 64 + 1]; /* a bit for each kind that has a heap which is not empty */
+    uint64_t filled[KINDS];         /* likewise for each age of the kind */
     float least[KINDS];      /* the least worth among those */
     uint8_t least_age[KINDS];
     uint32_t version; /* of the habits that `least` was computed from */
-    waiting_prompt_t waiting[WAITING];
+    news_t waiting[WAITING];
     unsigned waiting_count;
     uint32_t *path; /* room for the notes of a prompt */
     size_t path_room;
@@ -273,24 +276,41 @@ static void find_least(learned_t *l, unsigned kind)
     }
 }
 
+static void set_root(learned_t *l, const group_t *group, uint32_t root)
+{
+    unsigned kind = group->kind;
+    uint64_t ages = l->filled[kind], age = (uint64_t)1 << group->age;
+    l->roots[kind][group->age] = root == NONE ? 0 : root + 1;
+    if (root != NONE)
+        group_at(l, root)->back = NONE;
+    l->filled[kind] = root == NONE ? ages & ~age : ages | age;
+    if (l->filled[kind] == ages)
+        return;
+    find_least(l, kind);
+    if (l->filled[kind])
+        l->kinds[kind / 64] |= (uint64_t)1 << kind % 64;
+    else
+        l->kinds[kind / 64] &= ~((uint64_t)1 << kind % 64);
+}
+
+static inline uint32_t root_of(const learned_t *l, unsigned kind, unsigned age)
+{
+    return l->roots[kind][age] ? l->roots[kind][age] - 1 : NONE;
+}
+
 static void enter_heap(learned_t *l, uint32_t id)
 {
     group_t *group = group_at(l, id);
-    uint32_t *root = &l->roots[group->kind][group->age];
     group->child = group->sibling = group->back = NONE;
-    if (*root == NONE) {
-        l->filled[group->kind] |= (uint64_t)1 << group->age;
-        find_least(l, group->kind);
-    }
-    *root = join(l, *root, id);
+    set_root(l, group, join(l, root_of(l, group->kind, group->age), id));
 }
 
 static void leave_heap(learned_t *l, uint32_t id)
 {
     group_t *group = group_at(l, id);
-    uint32_t *root = &l->roots[group->kind][group->age], rest = join_siblings(l, group->child);
-    if (*root == id) {
-        *root = rest;
+    uint32_t root = root_of(l, group->kind, group->age), rest = join_siblings(l, group->child);
+    if (root == id) {
+        root = rest;
     } else {
         group_t *back = group_at(l, group->back);
         if (back->child == id)
@@ -299,14 +319,9 @@ static void leave_heap(learned_t *l, uint32_t id)
             back->sibling = group->sibling;
         if (group->sibling != NONE)
             group_at(l, group->sibling)->back = group->back;
-        *root = join(l, *root, rest);
+        root = join(l, root, rest);
     }
-    if (*root != NONE) {
-        group_at(l, *root)->back = NONE;
-    } else {
-        l->filled[group->kind] &= ~((uint64_t)1 << group->age);
-        find_least(l, group->kind);
-    }
+    set_root(l, group, root);
 }
 
 /* Candidates */
@@ -408,6 +423,7 @@ static uint32_t new_group(learned_t *l, unsigned kind, unsigned turn, uint32_t p
     group->kind = (uint16_t)kind;
     group->turn = (uint8_t)turn;
     group->before = group->after = group->child = group->sibling = group->back = group->candidates = NONE;
+    group->next_of_prompt = group->previous_of_prompt = NONE;
     return id;
 }
 
@@ -427,6 +443,10 @@ static int leave_group(learned_t *l, uint32_t id, int used)
     if (--group->left == 0) {
         if (l->growing == number)
             l->growing = NONE;
+        if (group->previous_of_prompt != NONE)
+            group_at(l, group->previous_of_prompt)->next_of_prompt = group->next_of_prompt;
+        if (group->next_of_prompt != NONE)
+            group_at(l, group->next_of_prompt)->previous_of_prompt = group->previous_of_prompt;
         leave_age(l, number);
         give_back(&l->groups, number);
     }
@@ -650,21 +670,65 @@ static void learn(table_t *t, double now, const uint8_t *keys, size_t count)
             candidates = id;
         }
     }
+    uint32_t previous = NONE;
     for (unsigned coarse = 0; coarse < COUNTS * 2; coarse++)
-        if (made[coarse] != NONE)
+        if (made[coarse] != NONE) {
+            group_at(l, made[coarse])->previous_of_prompt = previous;
+            if (previous != NONE)
+                group_at(l, previous)->next_of_prompt = made[coarse];
+            previous = made[coarse];
             enter_age(l, made[coarse], 0);
+        }
     become_candidates(l, candidates);
     forget_old(t, count);
     lmcache_habits_prompt(l->habits);
 }
 
+/* The chunks of a group are of another kind, since their prompt has been answered: from their present age on. */
+static void change_kind(learned_t *l, uint32_t id, uint32_t tokens)
+{
+    group_t *group = group_at(l, id);
+    double weight = (double)group->left / group->size;
+    int in_heap = group->candidates != NONE;
+    if (group->kind >= FINE)
+        return;
+    if (in_heap)
+        leave_heap(l, id);
+    l->habits->live[group->kind][group->age] -= weight;
+    l->habits->ended[group->kind][group->age] += weight;
+    group->kind = (uint16_t)answered_kind(group->kind, tokens);
+    l->habits->live[group->kind][group->age] += weight;
+    l->habits->ended[group->kind][group->age] -= weight;
+    if (in_heap)
+        enter_heap(l, id);
+}
+
+/* Learns how long the answer to a prompt was, unless the last chunk of the prompt has been used again. */
+static void learn_answer(table_t *t, double now, const uint8_t *key, uint32_t tokens)
+{
+    learned_t *l = t->learned;
+    if (now > l->now)
+        l->now = now;
+    grow_older(l);
+    uint32_t note = find_from(l, *bucket_of(t, key), key), last = note == NONE ? NONE : note_at(l, note)->group;
+    for (uint32_t id = last; id != NONE; id = group_at(l, id)->previous_of_prompt)
+        change_kind(l, id, tokens);
+    for (uint32_t id = last == NONE ? NONE : group_at(l, last)->next_of_prompt; id != NONE;
+         id = group_at(l, id)->next_of_prompt)
+        change_kind(l, id, tokens);
+}
+
 static void learn_first(table_t *t)
 {
     learned_t *l = t->learned;
-    waiting_prompt_t first = l->waiting[0];
+    news_t first = l->waiting[0];
+    const uint8_t *keys = (const uint8_t *)PyBytes_AsString(first.hashes);
     l->waiting_count--;
     memmove(l->waiting, l->waiting + 1, l->waiting_count * sizeof first);
-    learn(t, first.now, (const uint8_t *)PyBytes_AsString(first.hashes), (size_t)PyBytes_Size(first.hashes) / KEY_BYTES);
+    if (first.answered < 0)
+        learn(t, first.now, keys, (size_t)PyBytes_Size(first.hashes) / KEY_BYTES);
+    else
+        learn_answer(t, first.now, keys, (uint32_t)first.answered);
     Py_DECREF(first.hashes);
 }
 
@@ -676,14 +740,24 @@ static void settle(table_t *t)
 
 /* The functions of the policy */
 
-static void learned_asked(table_t *t, double now, PyObject *hashes)
+static void put_off(table_t *t, double now, PyObject *hashes, int64_t answered)
 {
     learned_t *l = t->learned;
     if (l->waiting_count == WAITING)
         learn_first(t);
+    news_t news = {now, hashes, answered};
     Py_INCREF(hashes);
-    l->waiting[l->waiting_count].now = now;
-    l->waiting[l->waiting_count++].hashes = hashes;
+    l->waiting[l->waiting_count++] = news;
+}
+
+static void learned_asked(table_t *t, double now, PyObject *hashes)
+{
+    put_off(t, now, hashes, -1);
+}
+
+static void learned_answered(table_t *t, double now, PyObject *hash, uint32_t tokens)
+{
+    put_off(t, now, hash, tokens);
 }
 
 /* Makes the note of a chunk that is stored and that no prompt has named, such as the text that a model has answered. */
@@ -774,23 +848,24 @@ static int learned_victim(table_t *t, uint32_t *id)
     learned_t *l = t->learned;
     settle(t);
     grow_older(l);
-    if (l->version != l->habits->version) {
-        for (unsigned kind = 0; kind < KINDS; kind++)
-            if (l->filled[kind])
-                find_least(l, kind);
-        l->version = l->habits->version;
-    }
+    int changed = l->version != l->habits->version;
+    for (unsigned word = 0; changed && word < KINDS / 64 + 1; word++)
+        for (uint64_t left = l->kinds[word]; left; left &= left - 1)
+            find_least(l, 64 * word + (unsigned)__builtin_ctzll(left));
+    l->version = l->habits->version;
     for (;;) {
         uint32_t chosen = NONE;
         float least = INFINITY;
-        for (unsigned kind = 0; kind < KINDS; kind++) {
-            if (l->least[kind] > least || !l->filled[kind])
-                continue;
-            uint32_t oldest = l->roots[kind][l->least_age[kind]];
-            if (l->least[kind] < least || is_before(group_at(l, oldest), group_at(l, chosen)))
-                chosen = oldest;
-            least = l->least[kind];
-        }
+        for (unsigned word = 0; word < KINDS / 64 + 1; word++)
+            for (uint64_t left = l->kinds[word]; left; left &= left - 1) {
+                unsigned kind = 64 * word + (unsigned)__builtin_ctzll(left);
+                if (l->least[kind] > least)
+                    continue;
+                uint32_t oldest = root_of(l, kind, l->least_age[kind]);
+                if (l->least[kind] < least || is_before(group_at(l, oldest), group_at(l, chosen)))
+                    chosen = oldest;
+                least = l->least[kind];
+            }
         if (chosen == NONE)
             break;
         uint32_t note = group_at(l, chosen)->candidates;
@@ -919,19 +994,19 @@ learned_t *lmcache_new_learned(PyObject *habits)
     l->version = l->habits->version;
     l->buckets = 1u << PIECE_SHIFT;
     l->low_mask = l->buckets - 1;
-    l->roots = malloc(KINDS * sizeof *l->roots);
+    l->roots = calloc(KINDS, sizeof *l->roots);
     if (!l->roots || add_piece(l) < 0) {
         free_learned(l);
         PyErr_NoMemory();
         return NULL;
     }
-    memset(l->roots, 0xff, KINDS * sizeof *l->roots);
     return l;
 }
 
 const policy_t lmcache_learned = {
     .inserted = learned_inserted,
     .asked = learned_asked,
+    .answered = learned_answered,
     .touched = learned_touched,
     .touched_path = learned_touched_path,
     .unblocked = learned_unblocked,

@@ -319,6 +319,11 @@ static void lru_asked(table_t *t, double now, PyObject *hashes)
     (void)t, (void)now, (void)hashes;
 }
 
+static void lru_answered(table_t *t, double now, PyObject *hash, uint32_t tokens)
+{
+    (void)t, (void)now, (void)hash, (void)tokens;
+}
+
 static void lru_settled(table_t *t)
 {
     (void)t;
@@ -330,8 +335,18 @@ static void lru_ended(table_t *t)
 }
 
 static const policy_t lru = {
-    lru_inserted, lru_touched, lru_touched_path, lru_unblocked,    lru_removed, lru_victim,
-    lru_order,    lru_memory_bytes, lru_asked,   lru_settled, lru_ended,
+    .inserted = lru_inserted,
+    .touched = lru_touched,
+    .touched_path = lru_touched_path,
+    .unblocked = lru_unblocked,
+    .removed = lru_removed,
+    .victim = lru_victim,
+    .order = lru_order,
+    .memory_bytes = lru_memory_bytes,
+    .asked = lru_asked,
+    .answered = lru_answered,
+    .settled = lru_settled,
+    .ended = lru_ended,
 };
 
 /* Parsing of arguments. Each function returns -1 with an error set if the argument is invalid. */
@@ -562,9 +577,18 @@ static void plugged_asked(table_t *t, double now, PyObject *hashes)
 }
 
 static const policy_t plugged = {
-    plugged_inserted,  plugged_touched, plugged_touched_path, plugged_unblocked,
-    plugged_removed,   plugged_victim,  plugged_order,        plugged_memory_bytes,
-    plugged_asked,     lru_settled,     lru_ended,
+    .inserted = plugged_inserted,
+    .touched = plugged_touched,
+    .touched_path = plugged_touched_path,
+    .unblocked = plugged_unblocked,
+    .removed = plugged_removed,
+    .victim = plugged_victim,
+    .order = plugged_order,
+    .memory_bytes = plugged_memory_bytes,
+    .asked = plugged_asked,
+    .answered = lru_answered,
+    .settled = lru_settled,
+    .ended = lru_ended,
 };
 
 /* Returns bytes with the first `count` of these ids. */
@@ -810,6 +834,24 @@ static PyObject *table_asked(PyObject *self, PyObject *const *args, Py_ssize_t n
     if ((now == -1.0 && PyErr_Occurred()) || to_items(args[1], KEY_BYTES, "hashes", &keys, &count) < 0)
         return NULL;
     t->policy->asked(t, now, args[1]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *table_answered(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    table_t *t = (table_t *)self;
+    const uint8_t *key;
+    long long tokens;
+    if (!has_arguments(nargs, 3))
+        return NULL;
+    double now = PyFloat_AsDouble(args[0]);
+    if ((now == -1.0 && PyErr_Occurred()) || to_key(args[1], &key) < 0 || to_number(args[2], &tokens) < 0)
+        return NULL;
+    if (tokens < 0 || tokens > UINT32_MAX) {
+        PyErr_Format(PyExc_ValueError, "an answer of %lld tokens; give 0 to %u", tokens, UINT32_MAX);
+        return NULL;
+    }
+    t->policy->answered(t, now, args[1], (uint32_t)tokens);
     Py_RETURN_NONE;
 }
 
@@ -1257,7 +1299,7 @@ static void table_dealloc(PyObject *self)
 
 static PyMethodDef methods[] = {
     ONE(match),         ONE(get),           SEVERAL(insert),    ONE(detach),    ONE(free),       ONE(touch),
-    SEVERAL(asked),     NOTHING(settle),    ONE(touch_path),    NOTHING(victim),    ONE(evictable),     ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
+    SEVERAL(asked),     NOTHING(settle), SEVERAL(answered),    ONE(touch_path),    NOTHING(victim),    ONE(evictable),     ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
     SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(extent),      ONE(extents),     ONE(key),        SEVERAL(in_sectors),
     ONE(parent),        ONE(children),      ONE(only_child),    ONE(pins),          ONE(filling),   ONE(complete),
     ONE(attached),      NOTHING(memory_bytes), ONE(survey),     {NULL, NULL, 0, NULL},

@@ -61,6 +61,7 @@ typedef struct {
     int (*order)(table_t *t, uint32_t *ids);      /* those of all attached records; -1 with an error set */
     int (*memory_bytes)(table_t *t, size_t *size); /* beside the records; -1 with an error set */
     void (*asked)(table_t *t, double now, PyObject *hashes); /* bytes, KEY_BYTES for each chunk of a prompt */
+    void (*answered)(table_t *t, double now, PyObject *hash, uint32_t tokens); /* the last chunk of a prompt */
     void (*settled)(table_t *t);                             /* nobody waits: do now what was put off */
     void (*ended)(table_t *t);                               /* frees what the policy has allocated */
 } policy_t;
