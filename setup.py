@@ -16,7 +16,10 @@ native = Extension(
         f"src/lmcache/native/{name}.c"
         for name in ("module", "copy", "table", "learned", "habits", "exchange", "device", "frames", "sample", "pack12")
     ],
-    depends=[f"src/lmcache/native/{name}.h" for name in ("native", "table", "learned", "habits", "kernels", "kernels_x86", "kernels_neon", "xxh3")],
+    depends=[
+        f"src/lmcache/native/{name}.h"
+        for name in ("native", "table", "learned", "habits", "kernels", "kernels_x86", "kernels_neon", "xxh3")
+    ],
     extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden"],
     define_macros=[("Py_LIMITED_API", "0x030a0000")],
     py_limited_api=True,

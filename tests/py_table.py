@@ -144,6 +144,9 @@ class PyTable:
             raise ValueError(f"{len(hashes)} bytes of hashes; each hash takes {HASH_BYTES}")
         self._policy.asked(now, hashes)
 
+    def answered(self, now: float, key: bytes, tokens: int, /) -> None:
+        _check_key(key)
+
     def settle(self) -> None:
         pass
 

@@ -106,6 +106,8 @@ class Table:
     def asked(self, now: float, hashes: bytes, /) -> None:
         """Note that a prompt of these chunks (16 bytes each) has been asked for, whether or not the table has them. Some policies
         learn from that, when `settle` is called or at the latest when it matters. LRU does not."""
+    def answered(self, now: float, key: bytes, tokens: int, /) -> None:
+        """Note how many tokens the prompt that ends with this chunk has been answered with. As for `asked`."""
     def settle(self) -> None:
         """Do what the policy has put off because nobody waits for it. Whether and when this is called changes no result."""
     def victim(self) -> int:
@@ -171,8 +173,6 @@ class Habits:
         """Go on from what was saved. ValueError for anything else. No table may use these habits yet."""
     def worths(self) -> bytes:
         """Return the worth of a chunk as float32, [kind][age]."""
-    def rates(self) -> bytes:
-        """Return the uses a second as float64, [kind][age]."""
     def prompts(self) -> int:
         """Return how many prompts have been learned from."""
 

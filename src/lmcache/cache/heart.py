@@ -239,6 +239,14 @@ class Heart(Filling):
             self.events.emit("missed", space_number, missed, reason, by, lambda event: of_lookup(event, hashes, chunks))
         return hit
 
+    def answered(self, now: float, process: int, space_number: int, last: bytes, tokens: int) -> None:
+        """Note how many tokens a prompt was answered with, for an order of eviction that learns. last: its last hash.
+
+        Raises:
+            Refusal: unknown space or process.
+        """
+        self._admit(process, space_number)[0].table.answered(now, last, tokens)
+
     def _count_hit(self, by: By, spaces: Sequence[Space], hashes: bytes, chunks: int, found: Found | bytes) -> None:
         """Count the chunks that can be used, which are the first ones of `hashes`, and those of them that sisters have."""
         detail = partial(of_lookup, prompt=hashes, first=0)

@@ -27,8 +27,8 @@ _NO_PARENT = bytes(HASH_BYTES)
 
 
 class Index:
-    """All spaces of an arena of `total_bytes`. `new_table` makes the table of a space from its number of shards, and `group_table`
-    that of a group of a model with several kinds of KV."""
+    """All spaces of an arena of `total_bytes`. `new_table` makes the table of a space from its number of shards,
+    and `group_table` does so for a group of a model with several kinds of KV."""
 
     def __init__(
         self, total_bytes: int, new_table: Callable[[int], Table], group_table: Callable[[int], Table] | None = None
@@ -93,8 +93,8 @@ class Index:
         return space
 
     def _new_empty(self, shards: int, reach_chunks: int, share: float) -> Table:
-        """Return an empty table. Groups of a model have the same order each, since a hit needs what all of them have, and a policy
-        that judges each group by itself would keep in one what it evicts in another."""
+        """Return an empty table. A hit needs what all groups of a model have, and a policy that judges each group by itself would
+        keep in one what it evicts in another."""
         grouped = reach_chunks > 0 or share < 1
         return (self._group_table if grouped else self._new_table)(shards)
 

@@ -42,6 +42,10 @@ class Eviction:
         return Table(shards)
 
     @property
+    def learns(self) -> bool:
+        return self.habits is not None
+
+    @property
     def prompts(self) -> int:
         """How many prompts have been learned from since the start."""
         return self.habits.prompts() if self.habits is not None else 0
