@@ -14,9 +14,12 @@ native = Extension(
     "lmcache._native",
     sources=[
         f"src/lmcache/native/{name}.c"
-        for name in ("module", "copy", "table", "exchange", "device", "frames", "sample", "pack12", "int8")
+        for name in ("module", "copy", "table", "learned", "habits", "exchange", "device", "frames", "sample", "pack12", "int8")
     ],
-    depends=[f"src/lmcache/native/{name}.h" for name in ("native", "kernels", "kernels_x86", "kernels_neon", "xxh3")],
+    depends=[
+        f"src/lmcache/native/{name}.h"
+        for name in ("native", "table", "learned", "habits", "kernels", "kernels_x86", "kernels_neon", "xxh3")
+    ],
     extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden"],
     define_macros=[("Py_LIMITED_API", "0x030a0000")],
     py_limited_api=True,

@@ -139,6 +139,17 @@ class PyTable:
         records = unpack(ids)
         self._policy.touched([one for one in reversed(records) if self._record(one).attached])
 
+    def asked(self, now: float, hashes: bytes, /) -> None:
+        if len(hashes) % HASH_BYTES:
+            raise ValueError(f"{len(hashes)} bytes of hashes; each hash takes {HASH_BYTES}")
+        self._policy.asked(now, hashes)
+
+    def answered(self, now: float, key: bytes, tokens: int, /) -> None:
+        _check_key(key)
+
+    def settle(self) -> None:
+        pass
+
     def touch_path(self, record: int, /) -> None:
         if not self._record(record).attached:
             return

@@ -96,10 +96,11 @@ def from_int8(stream: int, stream_bytes: int, raw: int, raw_bytes: int, plain: i
 class Table:
     """The index of one space. `lmcache.cache.table` explains the terms.
 
-    shards: of a chunk, 1 to 65535. policy: decides the order of eviction; None for the LRU that is built in.
+    shards: of a chunk, 1 to 65535. policy: decides the order of eviction; None for the LRU that is built in, habits for the
+    learned policy, which learns and goes by them.
     """
 
-    def __init__(self, shards: int, policy: Policy | None = None, /) -> None: ...
+    def __init__(self, shards: int, policy: Policy | Habits | None = None, /) -> None: ...
     def match(self, hashes: bytes, /) -> bytes:
         """Return the ids of the leading hashes (16 bytes each) whose records are attached and complete."""
     def get(self, key: bytes, /) -> int:
@@ -114,6 +115,13 @@ class Table:
         """Note the use of these records, the last one first, so that ids[0] is the most recent. Detached ones are skipped."""
     def touch_path(self, record: int, /) -> None:
         """Note the use of the record and all its ancestors, deepest first, so that the root is the most recent one."""
+    def asked(self, now: float, hashes: bytes, /) -> None:
+        """Note that a prompt of these chunks (16 bytes each) has been asked for, whether or not the table has them. Some policies
+        learn from that, when `settle` is called or at the latest when it matters. LRU does not."""
+    def answered(self, now: float, key: bytes, tokens: int, /) -> None:
+        """Note how many tokens the prompt that ends with this chunk has been answered with. As for `asked`."""
+    def settle(self) -> None:
+        """Do what the policy has put off because nobody waits for it. Whether and when this is called changes no result."""
     def victim(self) -> int:
         """Return the evictable record that the policy chooses, or -1. ValueError if the record is not evictable."""
     def evictable(self, record: int, /) -> bool:
@@ -164,6 +172,21 @@ class Table:
         """Return the number of attached records."""
     def memory_bytes(self) -> int:
         """Return the memory of the table and its policy."""
+
+class Habits:
+    """What a server has learned about when chunks are used again: `native/habits.c` explains it.
+
+    The tables of several spaces may share them. Only one thread may use them and these tables.
+    """
+
+    def saved(self) -> bytes:
+        """Return what `restore` takes, in the byte order of this machine."""
+    def restore(self, saved: bytes, /) -> None:
+        """Go on from what was saved. ValueError for anything else. No table may use these habits yet."""
+    def worths(self) -> bytes:
+        """Return the worth of a chunk as float32, [kind][age]."""
+    def prompts(self) -> int:
+        """Return how many prompts have been learned from."""
 
 class Sample:
     """A sample of the chunks that lookups use, and what LRU would find with other sizes of memory. `native/sample.c` explains it.

@@ -23,8 +23,9 @@ class Announcing(Index):
         claim_seconds: float = 30.0,
         new_table: Callable[[int], Table] = Table,
         first_number: int = 1,
+        group_table: Callable[[int], Table] | None = None,
     ) -> None:
-        super().__init__(total_bytes, new_table)
+        super().__init__(total_bytes, new_table, group_table)
         self.claim_seconds = claim_seconds
         self._claims = Claims(total_bytes, claim_seconds, first_number)
         self.promises = Promises()

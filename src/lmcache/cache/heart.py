@@ -83,6 +83,7 @@ class Heart(Filling):
             until the lease is released or the reservation committed.
         new_table: makes the table of a space from its number of shards.
         first_number: the number of the first lease or reservation.
+        group_table: makes the table of a group of a model with several kinds of KV; None for `new_table`.
     """
 
     # Processes
@@ -227,6 +228,8 @@ class Heart(Filling):
         missed = asked - chunks
         if missed and not partly:
             return Hit(0, 0, b"")
+        if not again:
+            space.table.asked(now, hashes)
         if chunks and not again:
             self._count_hit(by, spaces, hashes, chunks, found)
         if isinstance(found, bytes):
@@ -237,6 +240,14 @@ class Heart(Filling):
             reason = self._why_missed(spaces, hashes, chunks)
             self.events.emit("missed", space_number, missed, reason, by, lambda event: of_lookup(event, hashes, chunks))
         return hit
+
+    def answered(self, now: float, process: int, space_number: int, last: bytes, tokens: int) -> None:
+        """Note how many tokens a prompt was answered with, for an order of eviction that learns. last: its last hash.
+
+        Raises:
+            Refusal: unknown space or process.
+        """
+        self._admit(process, space_number)[0].table.answered(now, last, tokens)
 
     def _count_hit(self, by: By, spaces: Sequence[Space], hashes: bytes, chunks: int, found: Found | bytes) -> None:
         """Count the chunks that can be used, which are the first ones of `hashes`, and those of them that sisters have."""
@@ -442,7 +453,8 @@ class Heart(Filling):
             detail = partial(Event._replace, hashes=keys[space.number])
             self.events.emit("cleared", space.number, space.complete, "", NOBODY, detail)
             gone += space.complete
-            space.table, space.complete = self._new_table(space.shards), 0
+            space.table = self._new_empty(space.shards, space.reach_chunks, space.share)
+            space.complete = 0
             space.last_used.clear()
         self._fleeting.clear()
         self.promises.clear()

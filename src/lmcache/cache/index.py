@@ -27,12 +27,15 @@ _NO_PARENT = bytes(HASH_BYTES)
 
 
 class Index:
-    """All spaces of an arena of `total_bytes`. `new_table` makes the table of a space from its number of shards."""
+    """All spaces of an arena of `total_bytes`. `new_table` makes the table of a space from its number of shards,
+    and `group_table` does so for a group of a model with several kinds of KV."""
 
-    def __init__(self, total_bytes: int, new_table: Callable[[int], Table]) -> None:
+    def __init__(
+        self, total_bytes: int, new_table: Callable[[int], Table], group_table: Callable[[int], Table] | None = None
+    ) -> None:
         self.total_bytes = total_bytes
         self.events = Events()
-        self._new_table = new_table
+        self._new_table, self._group_table = new_table, group_table or new_table
         self._allocator = Allocator(total_bytes, self._evict)
         self._evicted: defaultdict[tuple[str, int], tuple[list[bytes], list[float | None]]]
         self._evicted = defaultdict(lambda: ([], []))
@@ -82,8 +85,9 @@ class Index:
         number, self._next_space = self._next_space, self._next_space + 1
         if family and not self._make_place(family):
             family, split = b"", None
+        table = self._new_empty(shards, reach_chunks, share)
         space = Space(
-            *(number, fingerprint, shards, self._new_table(shards), [-1] * shards, [0] * shards, reach_chunks),
+            *(number, fingerprint, shards, table, [-1] * shards, [0] * shards, reach_chunks),
             split=split,
             family=family,
             share=share,
@@ -91,6 +95,18 @@ class Index:
         self._space_of[fingerprint, shards] = self._spaces[number] = space
         self._note_family(family)
         return space
+
+    def _new_empty(self, shards: int, reach_chunks: int, share: float) -> Table:
+        """Return an empty table. A hit needs what all groups of a model have, and a policy that judges each group by itself would
+        keep in one what it evicts in another."""
+        grouped = reach_chunks > 0 or share < 1
+        return (self._group_table if grouped else self._new_table)(shards)
+
+    def settle(self, space_number: int) -> None:
+        """Do what the space's order of eviction has put off until nobody waits."""
+        space = self._spaces.get(space_number)
+        if space is not None:
+            space.table.settle()
 
     def _make_place(self, family: bytes) -> bool:
         """Return whether one more space can join this family. From a full one the oldest space that no engine uses goes."""

@@ -35,9 +35,15 @@ def first_number(arena_id: bytes, epoch: int) -> int:
 class L1(Heart):
     """The heart of one arena, with its memory. `Heart` describes the arguments."""
 
-    def __init__(self, arena: Arena, claim_seconds: float = 30.0, new_table: Callable[[int], Table] = Table) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        claim_seconds: float = 30.0,
+        new_table: Callable[[int], Table] = Table,
+        group_table: Callable[[int], Table] | None = None,
+    ) -> None:
         number = first_number(arena.id, arena.headers.epoch)
-        super().__init__(arena.size_bytes, claim_seconds, new_table, number)
+        super().__init__(arena.size_bytes, claim_seconds, new_table, number, group_table)
         self.arena = arena
         self._writers = {SERVER: Writer.of()}
 

@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from lmcache.compiled import native
 
 Table = native.Table
+Habits = native.Habits
 EMPTY, FILLING, DONE = 0, 1, 2
 COMPLETED, RELEASED = 1, 2  # what `end_fill` can return beside 0
 

@@ -147,7 +147,7 @@ class EngineConfig:
     lossy_kv: str = _row(read.word("auto", "none", "int8"), "auto")
     save_decode_cache: bool = _row(read.switch, False)
     save_unfull_chunk: bool = _row(read.switch, True)
-    cache_policy: str = _row(read.word(*POLICIES), "LRU")
+    cache_policy: str = _row(read.policy(*POLICIES), "LRU")
     blocking_timeout_secs: float = _row(
         read.deadline, 2.0, "how long a server that does not answer may delay a request, once"
     )

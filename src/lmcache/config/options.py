@@ -165,6 +165,22 @@ def word(*names: str) -> Callable[[str], str]:
     return parse
 
 
+def policy(*names: str) -> Callable[[str], str]:
+    """Return a parser of a policy of eviction. The public project's names of adaptive ones stand for `learned`."""
+    known = word(*names)
+    refused = {
+        "isolatedlru": "no part of L1 is set aside for each cache_salt: pass LRU, and a server for each tenant if they need that",
+        "noop": "a full L1 evicts: pass LRU, and a size that is never full",
+    }
+
+    def parse(text: str) -> str:
+        if text.lower() in refused:
+            raise ValueError(f"is not supported, since {refused[text.lower()]}")
+        return "learned" if text.lower() == "arc" else known(text)
+
+    return parse
+
+
 def label(text: str) -> str:
     """Parse a name that metrics, logs and the paths of HTTP routes will show."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):

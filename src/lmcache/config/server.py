@@ -21,7 +21,7 @@ from lmcache.config.hosts import in_url
 from lmcache.config.options import GIB, Option
 from lmcache.errors import ConfigError
 
-POLICIES = ("LRU",)
+POLICIES = ("LRU", "learned")
 HUGE_PAGES = ("auto", "always", "never")
 METRICS_NAMES = ("own", "lmcache-0.5")
 LOG_FORMATS = ("text", "json")
@@ -61,8 +61,9 @@ class ServerConfig:
         help="Memory for KV, in GiB (2^30 bytes); fractions are fine, and so are 2GB and 512MB. The arena never grows past it.",
     )
     eviction_policy: str = _cache(
-        *("NAME", read.word(*POLICIES), "LRU"),
-        help="Which chunks a full L1 evicts. LRU: those unused for longest go first, a prompt's end before its start.",
+        *("NAME", read.policy(*POLICIES), "LRU"),
+        help="Which chunks a full L1 evicts. LRU: those unused for longest go first, a prompt's end before its start. learned: "
+        "those that are least likely to be used for the time they would be held, which the server learns from its requests.",
     )
     chunk_size: int = _cache(
         *("TOKENS", read.integer(1, 1 << 20), 256),

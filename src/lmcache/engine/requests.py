@@ -46,7 +46,7 @@ class Request:
 
     salt: only requests of the same salt share KV. adapter: name and content name of the LoRA adapter. extras: what else changes
     the KV. cacheable: whether the request may be loaded and stored. hit: the hit that is not being loaded yet; asked_from: the
-    token from which on it was asked for, at the start of a chunk. wait: if the
+    token from which on it was asked for, at the start of a chunk; asked_last: the last hash of what was asked for. wait: if the
     last answer was `Loading`. blocks: the engine's block table from token 0 on; tables: those of the model's further groups.
     stored: number of leading chunks that the server has or was sent; tail: hash of the unfull chunk that it has or was sent.
     promised: how many leading chunks, with the tail, other engines may expect to be stored. jobs: running stores, each with the
@@ -70,6 +70,7 @@ class Request:
     hit: Hit | None = None
     asked_at: float = _NEVER
     asked_tokens: int = -1
+    asked_last: bytes = b""
     asked_from: int = 0
     wait: Wait | None = None
     blocks: list[int] = field(default_factory=list)
@@ -235,6 +236,7 @@ class Requests(Generic[RequestT]):
             if position >= 0:
                 session.differs(position, str(request.id))
         request.wait = None
+        request.asked_last = (tail or chain.hashes[-HASH_BYTES:]) if chain is not None and not request.passage else b""
         request.promised = len(chain) + stores_tail if chain is not None and self._stores else 0
         if found is not None and chain is not None:
             request.stored = max(request.stored, min(found.chunks, len(chain)))
@@ -397,6 +399,8 @@ class Requests(Generic[RequestT]):
             self.give_back(request)
             if request.cacheable and request.chain is None:
                 self.forgone(computed)
+            if request.asked_last and computed > request.asked_tokens and self.session is not None:
+                self.session.answered(request.asked_last, computed - request.asked_tokens)
         return request
 
     def _withdraw(self, request: RequestT) -> None:

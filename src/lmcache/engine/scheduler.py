@@ -92,8 +92,8 @@ class SchedulerSession(Session):
         self._others: list[int] = []
         """The spaces of the further groups."""
         self._reaches: list[int] = []
-        self._takes_positions = False
-        """Whether the server wants to know where prompts part."""
+        self._takes_positions = self._takes_answers = False
+        """Whether the server wants to know where prompts part, and how long answers are."""
         """How many chunks before the end of a hit each group needs; 0 for all of them."""
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
@@ -318,6 +318,11 @@ class SchedulerSession(Session):
             name = m.request_name(request_id)
             self._connection.post(m.Release([], [name], (self._space, passages, tokens, again)))
 
+    def answered(self, last: bytes, tokens: int) -> None:
+        """Tell a server that wants to know how many tokens a prompt was answered with. last: the last hash of its lookup."""
+        if self._takes_answers and self._connection.connected:
+            self._connection.post(m.Release([], [], None, (self._space, last, tokens)))
+
     def too_short(self, tokens: int, request_id: str) -> None:
         """Report a prompt that does not fill a chunk, so that the server can account for it. Nothing is looked up."""
         if self._chunk_tokens and self._connection.connected:
@@ -388,7 +393,7 @@ class SchedulerSession(Session):
                 request = structs.replace(request, follows=True)
             registered = ask(carrier, request, m.Registered)
             self._followed |= registered.followed
-            self._takes_positions = registered.positions
+            self._takes_positions, self._takes_answers = registered.positions, registered.answers
             spaces.append(registered.space)
         if welcome.holds_for != self._epoch:
             self._late, self._held = [], set()

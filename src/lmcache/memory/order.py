@@ -1,4 +1,4 @@
-"""The order of eviction: the interface of policies, and LRU, which is the policy in use.
+"""The order of eviction: the interface of policies, and LRU. The learned policy is in C (`native/learned.c`).
 
 There are two indexes: `cache.table` has a row for each chunk in memory, `tiers.disk.shard_index` for each shard on a disk. Each
 index notifies a policy of changes to its *rows*, and asks it which row to evict next. Rows are numbered from 1; 0 means none.
@@ -43,6 +43,10 @@ class Policy(ABC):
         The index of the memory passes a prompt's chunks in reverse order, so that the end of a prompt is evicted before its
         beginning, without which nothing of the prompt could be found.
         """
+
+    def asked(self, now: float, keys: bytes) -> None:  # noqa: B027 (LRU goes by touches)
+        """Note that somebody has looked up a prompt of these keys, one after the other, whether or not they have rows. The
+        touches of those that have follow. The index of a disk knows no prompts."""
 
     def unblocked(self, row: int) -> None:  # noqa: B027 (most policies need not know)
         """Note that the row is evictable again, since it has lost its last reader, writer or child.

@@ -1,4 +1,5 @@
 /* The module lmcache._native, assembled from the functions and types of the other files. */
+#include "habits.h"
 #include "native.h"
 
 static int execute(PyObject *module)
@@ -15,7 +16,7 @@ static int execute(PyObject *module)
         return -1;
     if (PyModule_AddFunctions(module, lmcache_pack12_methods) < 0)
         return -1;
-    if (lmcache_add_layouts(module) < 0 || lmcache_add_table(module) < 0)
+    if (lmcache_add_layouts(module) < 0 || lmcache_add_habits(module) < 0 || lmcache_add_table(module) < 0)
         return -1;
     return lmcache_add_sample(module);
 }

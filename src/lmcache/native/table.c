@@ -8,124 +8,16 @@
  * than two buckets a record, each insert splits the next two. It is never rebuilt. Clients choose the hashes, so a secret is
  * mixed into the number of the bucket.
  *
- * A policy, a `policy_t` here, decides the order of eviction: `lru` keeps its list in the records, and `plugged` calls an object
- * in Python. The table itself decides which records are evictable.
+ * A policy, a `policy_t` here, decides the order of eviction: `lru` keeps its list in the records, `lmcache_learned` (learned.c)
+ * goes by what was learned from earlier prompts, and `plugged` calls an object in Python. The table itself decides which records are evictable.
  *
  * LRU finds a victim with a cursor that walks from the oldest end of the list and passes records that are not evictable. A record
  * that was passed and becomes evictable later enters a heap ordered by age; all records in the heap are older than the cursor. A
  * record is passed once for each touch, so finding a victim costs O(1) in ordinary use and O(log n) at worst, amortised.
  */
-#include "native.h"
-
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define NONE UINT32_MAX /* no record; as a sector: no extent */
-#define KEY_BYTES 16
-#define MAX_SHARDS 65535
-#define MAX_RECORDS UINT32_MAX
-#define SEGMENT_BYTES (1u << 20) /* the most bytes of a segment, approximately */
-#define SEGMENT_SHIFT 12         /* the most records in a segment, as a power of two */
-#define BUCKET_SHIFT 12          /* the buckets in one piece of their array, likewise */
-#define BUCKETS_A_RECORD 2
-#define BATCH 64
-
-enum { EMPTY, FILLING, DONE };
-enum { COMPLETED = 1, RELEASED = 2 };
-
-enum {
-    USED = 1,     /* not on the free list */
-    ATTACHED = 2, /* in the index */
-    PASSED = 4,   /* LRU: the cursor has passed it */
-    QUEUED = 8,   /* LRU: waits in the heap with its present stamp */
-    SEEN = 16,    /* in the policy's order, or it or a descendant is in use; set while `survey` runs */
-};
-
-typedef struct {
-    uint8_t key[KEY_BYTES];
-    uint64_t stamp : 56; /* LRU: of the last touch; no two are equal */
-    uint64_t flags : 8;
-    uint32_t next; /* in the bucket's chain, or on the free list */
-    uint32_t parent, first_child, next_sibling, previous_sibling;
-    uint32_t older, newer; /* LRU */
-    uint32_t pins;
-    uint32_t children;
-    uint16_t done, filling; /* shards */
-} record_t;
-
-_Static_assert(sizeof(record_t) == 64, "a record is one cache line");
-
-typedef struct {
-    uint64_t stamp;
-    uint32_t id;
-} waiting_t;
-
-typedef struct table table_t;
-
-/* Decides the order of eviction. `Policy` in lmcache/memory/order.py has the same functions and documents them. */
-typedef struct {
-    void (*inserted)(table_t *t, uint32_t id);
-    void (*touched)(table_t *t, const uint8_t *ids, size_t count); /* u32 each, the last one first; detached ones are skipped */
-    void (*touched_path)(table_t *t, uint32_t id);                 /* an attached record and its ancestors */
-    void (*unblocked)(table_t *t, uint32_t id);
-    void (*removed)(table_t *t, uint32_t id);
-    int (*victim)(table_t *t, uint32_t *id);      /* NONE when there is none; -1 with an error set */
-    int (*order)(table_t *t, uint32_t *ids);      /* those of all attached records; -1 with an error set */
-    int (*memory_bytes)(table_t *t, size_t *size); /* beside the records; -1 with an error set */
-} policy_t;
-
-struct table {
-    PyObject_HEAD
-    uint64_t seed[2];
-    const policy_t *policy;
-    PyObject *plug; /* the object that `plugged` calls; it must not refer to the table */
-    uint32_t shards, shift;
-    uint8_t **segments;
-    size_t segment_count, segment_room;
-    uint32_t next_id, free_head;
-    uint32_t attached;
-    uint32_t **pieces; /* pieces of the array of buckets */
-    size_t piece_count, piece_room;
-    uint64_t buckets, low_mask; /* low_mask + 1 <= buckets < 2 * (low_mask + 1) */
-    uint64_t clock;             /* LRU: the last stamp given */
-    uint32_t oldest, newest, cursor;
-    waiting_t *heap;
-    size_t heap_count, heap_room;
-};
-
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address) ((void)(address))
-#endif
-
-/* Access to little-endian u32 in Python bytes objects. */
-
-static inline uint32_t read_u32(const uint8_t *from)
-{
-    return (uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16 | (uint32_t)from[3] << 24;
-}
-
-static inline void write_u32(uint8_t *to, uint32_t value)
-{
-    to[0] = (uint8_t)value;
-    to[1] = (uint8_t)(value >> 8);
-    to[2] = (uint8_t)(value >> 16);
-    to[3] = (uint8_t)(value >> 24);
-}
-
-/* Records */
-
-static inline size_t segment_records(const table_t *t)
-{
-    return (size_t)1 << t->shift;
-}
-
-static inline record_t *at(const table_t *t, uint32_t id)
-{
-    return (record_t *)t->segments[id >> t->shift] + (id & (segment_records(t) - 1));
-}
+#include "habits.h"
+#include "learned.h"
+#include "table.h"
 
 static inline uint32_t *segment_sectors(const table_t *t, size_t segment)
 {
@@ -196,24 +88,6 @@ static uint32_t take_id(table_t *t)
 
 /* The hash table */
 
-static inline uint64_t mix(const table_t *t, const uint8_t *key)
-{
-    uint64_t a, b;
-    memcpy(&a, key, 8);
-    memcpy(&b, key + 8, 8);
-    a ^= t->seed[0];
-    b ^= t->seed[1];
-#if defined(__SIZEOF_INT128__)
-    unsigned __int128 product = (unsigned __int128)a * b;
-    return (uint64_t)product ^ (uint64_t)(product >> 64);
-#else
-    a *= 0x9e3779b97f4a7c15u;
-    a ^= a >> 32;
-    a = (a + b) * 0xd6e8feb86659fd93u;
-    return a ^ a >> 32;
-#endif
-}
-
 static inline uint32_t *bucket_at(const table_t *t, uint64_t bucket)
 {
     return &t->pieces[bucket >> BUCKET_SHIFT][bucket & ((1u << BUCKET_SHIFT) - 1)];
@@ -278,16 +152,6 @@ static void remove_from_bucket(table_t *t, uint32_t id)
 }
 
 /* Evictability */
-
-static inline int is_idle(const record_t *r)
-{
-    return r->pins == 0 && r->filling == 0;
-}
-
-static inline int is_evictable(const record_t *r)
-{
-    return (r->flags & ATTACHED) && is_idle(r) && r->children == 0;
-}
 
 /* Reports the record to the policy if it has become evictable. */
 static inline void unblock(table_t *t, uint32_t id)
@@ -449,8 +313,40 @@ static int lru_memory_bytes(table_t *t, size_t *size)
     return 0;
 }
 
+/* Does nothing with a prompt. What LRU goes by is touches. */
+static void lru_asked(table_t *t, double now, PyObject *hashes)
+{
+    (void)t, (void)now, (void)hashes;
+}
+
+static void lru_answered(table_t *t, double now, PyObject *hash, uint32_t tokens)
+{
+    (void)t, (void)now, (void)hash, (void)tokens;
+}
+
+static void lru_settled(table_t *t)
+{
+    (void)t;
+}
+
+static void lru_ended(table_t *t)
+{
+    free(t->heap);
+}
+
 static const policy_t lru = {
-    lru_inserted, lru_touched, lru_touched_path, lru_unblocked, lru_removed, lru_victim, lru_order, lru_memory_bytes,
+    .inserted = lru_inserted,
+    .touched = lru_touched,
+    .touched_path = lru_touched_path,
+    .unblocked = lru_unblocked,
+    .removed = lru_removed,
+    .victim = lru_victim,
+    .order = lru_order,
+    .memory_bytes = lru_memory_bytes,
+    .asked = lru_asked,
+    .answered = lru_answered,
+    .settled = lru_settled,
+    .ended = lru_ended,
 };
 
 /* Parsing of arguments. Each function returns -1 with an error set if the argument is invalid. */
@@ -675,9 +571,24 @@ static int plugged_memory_bytes(table_t *t, size_t *size)
     return failed ? -1 : 0;
 }
 
+static void plugged_asked(table_t *t, double now, PyObject *hashes)
+{
+    drop_answer(t, PyObject_CallMethod(t->plug, "asked", "dO", now, hashes));
+}
+
 static const policy_t plugged = {
-    plugged_inserted,  plugged_touched, plugged_touched_path, plugged_unblocked,
-    plugged_removed,   plugged_victim,  plugged_order,        plugged_memory_bytes,
+    .inserted = plugged_inserted,
+    .touched = plugged_touched,
+    .touched_path = plugged_touched_path,
+    .unblocked = plugged_unblocked,
+    .removed = plugged_removed,
+    .victim = plugged_victim,
+    .order = plugged_order,
+    .memory_bytes = plugged_memory_bytes,
+    .asked = plugged_asked,
+    .answered = lru_answered,
+    .settled = lru_settled,
+    .ended = lru_ended,
 };
 
 /* Returns bytes with the first `count` of these ids. */
@@ -909,6 +820,46 @@ static PyObject *table_touch_path(PyObject *self, PyObject *arg)
         return NULL;
     if (at(t, id)->flags & ATTACHED)
         t->policy->touched_path(t, id);
+    Py_RETURN_NONE;
+}
+
+static PyObject *table_asked(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    table_t *t = (table_t *)self;
+    const uint8_t *keys;
+    size_t count;
+    if (!has_arguments(nargs, 2))
+        return NULL;
+    double now = PyFloat_AsDouble(args[0]);
+    if ((now == -1.0 && PyErr_Occurred()) || to_items(args[1], KEY_BYTES, "hashes", &keys, &count) < 0)
+        return NULL;
+    t->policy->asked(t, now, args[1]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *table_answered(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    table_t *t = (table_t *)self;
+    const uint8_t *key;
+    long long tokens;
+    if (!has_arguments(nargs, 3))
+        return NULL;
+    double now = PyFloat_AsDouble(args[0]);
+    if ((now == -1.0 && PyErr_Occurred()) || to_key(args[1], &key) < 0 || to_number(args[2], &tokens) < 0)
+        return NULL;
+    if (tokens < 0 || tokens > UINT32_MAX) {
+        PyErr_Format(PyExc_ValueError, "an answer of %lld tokens; give 0 to %u", tokens, UINT32_MAX);
+        return NULL;
+    }
+    t->policy->answered(t, now, args[1], (uint32_t)tokens);
+    Py_RETURN_NONE;
+}
+
+static PyObject *table_settle(PyObject *self, PyObject *unused)
+{
+    table_t *t = (table_t *)self;
+    (void)unused;
+    t->policy->settled(t);
     Py_RETURN_NONE;
 }
 
@@ -1300,6 +1251,14 @@ static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *named)
     if (!t)
         return NULL;
     t->policy = plug == Py_None ? &lru : &plugged;
+    if (lmcache_is_habits(plug)) {
+        t->learned = lmcache_new_learned(plug);
+        if (!t->learned) {
+            Py_DECREF(t);
+            return NULL;
+        }
+        t->policy = &lmcache_learned;
+    }
     Py_INCREF(plug);
     t->plug = plug;
     t->next_id = 1;
@@ -1327,7 +1286,8 @@ static void table_dealloc(PyObject *self)
         free(t->pieces[i]);
     free(t->segments);
     free(t->pieces);
-    free(t->heap);
+    if (t->policy)
+        t->policy->ended(t);
     Py_XDECREF(t->plug);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
@@ -1339,7 +1299,7 @@ static void table_dealloc(PyObject *self)
 
 static PyMethodDef methods[] = {
     ONE(match),         ONE(get),           SEVERAL(insert),    ONE(detach),    ONE(free),       ONE(touch),
-    ONE(touch_path),    NOTHING(victim),    ONE(evictable),     ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
+    SEVERAL(asked),     NOTHING(settle), SEVERAL(answered),    ONE(touch_path),    NOTHING(victim),    ONE(evictable),     ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
     SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(extent),      ONE(extents),     ONE(key),        SEVERAL(in_sectors),
     ONE(parent),        ONE(children),      ONE(only_child),    ONE(pins),          ONE(filling),   ONE(complete),
     ONE(attached),      NOTHING(memory_bytes), ONE(survey),     {NULL, NULL, 0, NULL},

@@ -21,6 +21,7 @@ from lmcache.memory.arena import Arena, reclaim_stale
 from lmcache.observability.log import init_logger, set_format, set_level
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.server.attaching import Attaching
+from lmcache.server.eviction import Eviction
 from lmcache.server.loop import Loop
 from lmcache.server.reloading import Reloading
 from lmcache.server.report import Report
@@ -190,10 +191,13 @@ def start(
         arena.unlink()
     workers = loop.executor("io", config.max_workers)
     started.callback(workers.shutdown, wait=True, cancel_futures=True)
-    l1 = L1(arena, float(config.lease_seconds))
+    eviction = Eviction(config.eviction_policy, _habits_file(config, owner))
+    started.callback(eviction.save)
+    l1 = L1(arena, float(config.lease_seconds), eviction.new_table, eviction.group_table)
     tiering = _start_tiers(config, loop, l1, specs, started)
     records_bytes = int(config.records_mb * 2**20)
     service = Service(loop, l1, config.chunk_size, workers, tiering, server_id, records_bytes)
+    service.eviction = eviction
     _observe(config, service, bool(specs), started)
     attaching = Attaching(
         loop, tiering, urls, lambda url: _tiers_of(config, runtime, server_id, [url])[0], workers, config.drain_seconds
@@ -217,6 +221,12 @@ def start(
     if owner is None or owner.http:
         logger.info("Health, status and metrics: %s", config.http_url)
     return loop
+
+
+def _habits_file(config: ServerConfig, owner: Owner | None) -> Path | None:
+    """Return where the server keeps what its eviction has learned: beside its socket, by its port, so that the next server there
+    finds it. None for a server whose port is not fixed."""
+    return config.socket_dir / f"habits-{config.port}" if owner is None and config.port else None
 
 
 def _observe(config: ServerConfig, service: Service, tiers: bool, started: ExitStack) -> None:

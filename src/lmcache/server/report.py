@@ -239,6 +239,10 @@ class Report:
                     for space in l1.spaces
                 ],
             },
+            "eviction": {
+                "policy": self._service.eviction.name,
+                "prompts_learned_from": self._service.eviction.prompts,
+            },
             "engines": [
                 {
                     "instance": peer.instance,

@@ -21,6 +21,7 @@ from lmcache.cache.promises import Asker
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
+from lmcache.server.eviction import Eviction
 from lmcache.server.followers import Followers
 from lmcache.server.loop import Loop
 from lmcache.server.parked import ParkedPulls
@@ -63,6 +64,7 @@ class Service:
         self.predicting: Predicting | None = None
         self.earlier_names: EarlierNames | None = None
         self.tracing: Tracing | None = None
+        self.eviction = Eviction("LRU")
         self.on_copied: list[Callable[[Peer, m.Copied], None]] = []
         """Called for each copy that a rank reports, in the loop's thread. They must not raise."""
         self._now, self.started = loop.now, loop.now()
@@ -215,7 +217,7 @@ class Service:
             logger.info("Registered KV cache for GPU ID %d with %d layers (%s)", peer.pid, layout.num_layers, peer.who)
         if request.follows:
             self.followers.follow(peer.process, space)
-        return m.Registered(space, request.follows, True)
+        return m.Registered(space, request.follows, True, self.eviction.learns)
 
     def _lookup(self, peer: Peer, request: m.Lookup) -> m.Message:
         hashes = request.hashes
@@ -261,7 +263,9 @@ class Service:
         missing has to be found out before it is stored."""
         assert self._untold is not None
         told, self._untold = self._untold, None
-        _, _, _, hashes, chunks = told
+        _, request, _, hashes, chunks = told
+        if self.eviction.learns:
+            self.loop.when_idle(partial(self.l1.settle, request.space))
         if 16 * chunks < len(hashes) or self.accounts.waiting:
             self._tell(*told)
         else:
@@ -316,6 +320,9 @@ class Service:
             self.accounts.blended(
                 peer.process, m.request_name(request.requests[0] if request.requests else ""), *request.blended
             )
+        if request.answered is not None:
+            space, last, tokens = request.answered
+            self.l1.answered(self._now(), peer.process, space, last, tokens)
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
             self.accounts.forget(peer.process, name)

@@ -40,6 +40,7 @@ class _Mooncake(msgspec.Struct):
     timestamp: float
     hash_ids: list[int | str]
     input_length: int = 0
+    output_length: int = 0
 
 
 class _Logged(msgspec.Struct):
@@ -136,7 +137,8 @@ class Trace:
                 f"{tokens} tokens in blocks of {size} are {-(-tokens // size)} blocks, not {count}: pass --block-tokens "
                 + (f"{better}" if better else "with the size of the trace's blocks")
             )
-        return Lookup(found.timestamp / 1e3, 0, _joined(found.hash_ids), tokens)
+        answer = min(max(found.output_length, 0), 1 << 31)
+        return Lookup(found.timestamp / 1e3, 0, _joined(found.hash_ids), tokens, answer=answer)
 
     def _logged(self, line: bytes) -> Record:
         found = _decoded(line, _LOGGED, "lookup logs have timestamp, chunk_hashes, chunk_size and seq_len")

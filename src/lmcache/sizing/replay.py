@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from lmcache.cache import Heart, Refusal
-from lmcache.cache.table import Table
+from lmcache.cache.table import Habits, Table
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
 from lmcache.memory.slabs import SECTOR_BYTES
@@ -20,9 +21,20 @@ from lmcache.sizing.trace import Cleared, Lookup, Lost, Opened, Record, Stored
 
 DEFAULT = "LRU"
 """The policy of `lmcache server`, which `default` stands for."""
-_LRU = Table
-POLICIES: dict[str, Callable[[Callable[[], float]], Callable[[int], Table]]] = {"LRU": lambda now: _LRU}
+
+
+def _learning(now: Callable[[], float]) -> Callable[[int], Table]:
+    habits = Habits()
+    return lambda shards: Table(shards, habits)
+
+
+POLICIES: dict[str, Callable[[Callable[[], float]], Callable[[int], Table]]] = {
+    "LRU": lambda now: Table,
+    "learned": _learning,
+}
 """Name -> from the trace's clock to what makes the table of a space."""
+FIRST_TOKEN_SECONDS, TOKEN_SECONDS = 0.5, 0.03
+"""When an answer ends, which no trace tells: so long after its request, and so much for each token."""
 _PROCESS = 1
 _BLOCK_BYTES = SECTOR_BYTES
 """Of a block where memory is counted in blocks."""
@@ -83,14 +95,17 @@ class Simulation:
         self.heart.join(_PROCESS, "replay")
         self._spaces: dict[int, tuple[int, int]] = {}
         """Number in the trace -> number in the heart, tokens of a chunk."""
+        self._answers: list[tuple[float, int, bytes, int]] = []
+        """A heap of (end, number in the heart, last hash of the prompt, tokens) of answers that have not ended."""
 
     def play(self, record: Record) -> None:
-        """Do what the record says.
+        """Do what the record says, after the answers that have ended before it.
 
         Raises:
             ConfigError: the trace does not tell how much memory a chunk takes, or not even one chunk fits.
         """
         if isinstance(record, Lookup):
+            self._answer(record.time)
             self._lookup(record)
         elif isinstance(record, Stored):
             self._time = record.time
@@ -136,10 +151,19 @@ class Simulation:
         counts.hit_blocks += found
         counts.tokens += record.tokens
         counts.hit_tokens += min(found * chunk_tokens, record.tokens)
+        if record.answer and asked:
+            ends = record.time + FIRST_TOKEN_SECONDS + TOKEN_SECONDS * record.answer
+            heappush(self._answers, (ends, space, hashes[-HASH_BYTES:], record.answer))
         end = HASH_BYTES * (asked if record.found < 0 else record.found)
         if found * HASH_BYTES < end:
             at = found * HASH_BYTES
             self._store(space, hashes[at - HASH_BYTES : at] if at else b"", hashes[at:end])
+
+    def _answer(self, until: float) -> None:
+        """Tell the heart of the answers that have ended by then."""
+        while self._answers and self._answers[0][0] <= until:
+            time, space, last, tokens = heappop(self._answers)
+            self.heart.answered(time, _PROCESS, space, last, tokens)
 
     def _store(self, space: int, parent: bytes, hashes: bytes) -> None:
         heart, time = self.heart, self._time

@@ -38,7 +38,7 @@ class Lookup(NamedTuple):
     """A request asks for the chunks of a prompt, in order.
 
     hashes: 16 bytes each. tokens: of the prompt. found: how many chunks the recorded server had; -1 if the trace does not tell
-    what was stored when, and then all chunks count as stored at once.
+    what was stored when, and then all chunks count as stored at once. answer: tokens of the answer; 0 if the trace does not tell.
     """
 
     time: float
@@ -46,6 +46,7 @@ class Lookup(NamedTuple):
     hashes: bytes
     tokens: int
     found: int = -1
+    answer: int = 0
 
 
 class Stored(NamedTuple):

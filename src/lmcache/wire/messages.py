@@ -143,6 +143,9 @@ class Lookup(Message, frozen=True, tag=4):
     as neither a hit nor a miss."""
 
 
+_Hash = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
 class Release(Message, frozen=True, tag=5):
     """End these leases. `requests`: ids of requests that have ended, as in `Lookup`: they wait no longer, and store no more of
     what they looked up."""
@@ -152,6 +155,9 @@ class Release(Message, frozen=True, tag=5):
     blended: tuple[int, int, int, int] | None = None
     """What was done with passages of the first of the requests: the space, the passages whose KV was used, their tokens, and how
     many of these were computed again."""
+    answered: tuple[int, _Hash, Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]] | None = None
+    """How many tokens a prompt was answered with: the space, the last hash of the prompt's lookup, the tokens. Sent only to a
+    server that said so (`Registered.answers`)."""
 
 
 class Reserve(Message, frozen=True, tag=6):
@@ -327,6 +333,8 @@ class Registered(Message, frozen=True, tag=67):
     """Whether the server notes from now on what happens to chunks of the space, for `TakeNews`. Nothing is told of earlier."""
     positions: bool = False
     """Whether the server takes `Differs`."""
+    answers: bool = False
+    """Whether the server wants to know how long answers are (`Release.answered`), since its eviction learns from that."""
 
 
 class Foreign(msgspec.Struct, frozen=True, array_like=True):

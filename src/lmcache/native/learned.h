@@ -1,0 +1,12 @@
+/* The learned policy of eviction, for table.c. learned.c explains it. */
+#ifndef LMCACHE_LEARNED_H
+#define LMCACHE_LEARNED_H
+
+#include "table.h"
+
+extern const policy_t lmcache_learned;
+
+/* Makes the policy's state of a table. `habits` is a Habits object. Returns NULL with an error set. */
+struct learned *lmcache_new_learned(PyObject *habits);
+
+#endif
