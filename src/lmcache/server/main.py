@@ -190,6 +190,7 @@ def start(
     workers = loop.executor("io", config.max_workers)
     started.callback(workers.shutdown, wait=True, cancel_futures=True)
     l1 = L1(arena, float(config.lease_seconds))
+    l1.pinnable_bytes = int(config.pinned_share * l1.total_bytes)
     tiering = _start_tiers(config, loop, l1, specs, started)
     records_bytes = int(config.records_mb * 2**20)
     service = Service(loop, l1, config.chunk_size, workers, tiering, server_id, records_bytes)
