@@ -188,7 +188,9 @@ class Prefetches:
         elif one.tries + 1 < _TRIES:
             one.tries, one.retry_at = one.tries + 1, now + _RETRY_SECONDS
         else:
-            self._end(one, PARTIAL if found else ABSENT, "no tier that serves has the rest")
+            self._end(
+                one, PARTIAL if found else ABSENT, "no tier has delivered the rest; GET /fetches says what each did"
+            )
 
     def _end(self, one: Prefetch, state: str, reason: str = "") -> None:
         assert self._tiering is not None
