@@ -14,6 +14,7 @@ from lmcache.cli import (
     bench,
     clear,
     completion,
+    coordinator,
     demo,
     describe,
     doctor,
@@ -70,7 +71,7 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     modules = (
         *(server, status, top, ping, describe, why, doctor, tier, predict, replay, size),
-        *(clear, settings, bench, demo, proxy, completion, kvcache),
+        *(clear, settings, bench, demo, proxy, coordinator, completion, kvcache),
     )
     for module in modules:
         module.add_verb(verbs)

@@ -164,6 +164,18 @@ class ServerConfig:
         help="lmcache-0.5: /metrics also has the names that dashboards of the public project read "
         "(docs/coming-from-lmcache-0.5.md). own: only this server's.",
     )
+    instance_id: str = _network(
+        *("NAME", read.one_line, ""),
+        default_text="HOSTNAME:HTTP-PORT",
+        help="What the server is called in the answers of /lookup and the other routes of the public project's controller.",
+    )
+    control_peers: tuple[str, ...] = _network(
+        *("URL,...", read.http_urls, ()),
+        default_text="none",
+        repeat=True,
+        help="The HTTP addresses of other servers, such as http://10.0.0.8:8080, which /lookup, /move and the other routes of "
+        "the public project's controller ask, too. They are sent this server's API token, so all have the same.",
+    )
     tokenizer_url: str = _network(
         *("URL", read.one_url, ""),
         default_text="none",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from lmcache.server.controller import Controller
     from lmcache.server.operating import Operating
 
 
@@ -13,6 +14,8 @@ class Control(Protocol):
 
     operating: Operating
     """The verbs of operators: pins, prefetches, lookups, lists and deletions."""
+    controller: Controller
+    """The same for this server and its fellows, as scripts of the public project ask."""
 
     def health(self) -> tuple[bool, str]:
         """Return whether the server serves, and if not the reason."""

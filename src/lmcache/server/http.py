@@ -34,6 +34,7 @@ from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.server import page
 from lmcache.server.control import Control
+from lmcache.server.http_controller import ControllerRoutes
 from lmcache.server.http_operating import OperatingRoutes
 from lmcache.server.http_sockets import Connection, is_loopback, listen
 from lmcache.server.metrics import render
@@ -63,11 +64,14 @@ _HEADERS = [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Ca
 
 
 class HttpEndpoint:
-    """The HTTP endpoint of a server. `start` returns when it serves, and `stop` when its thread has ended."""
+    """The HTTP endpoint of a server. `start` returns when it serves, and `stop` when its thread has ended.
 
-    def __init__(self, config: ServerConfig, control: Control) -> None:
+    whole: False for a process that is only a controller of other servers; it has the routes of that, and health.
+    """
+
+    def __init__(self, config: ServerConfig, control: Control, whole: bool = True) -> None:
         self._config = config
-        self._control = control
+        self._control, self._whole = control, whole
         self._started = threading.Event()
         self._server: uvicorn.Server | None = None
         self._connections: dict[tuple[str, int], Connection] = {}
@@ -183,10 +187,20 @@ class HttpEndpoint:
                 )
             ),
         ]
-        operating = OperatingRoutes(
-            lambda: self._control.operating, lambda route, changes: self._edge(self._guarded(route, changes))
-        )
-        routes += operating.routes()
+
+        def wrap(
+            route: Callable[[Request], Awaitable[Response]], changes: bool
+        ) -> Callable[[Request], Awaitable[Response]]:
+            return self._edge(self._guarded(route, changes))
+
+        controller = ControllerRoutes(lambda: self._control.controller, wrap).routes()
+        if self._whole:
+            routes += [*OperatingRoutes(lambda: self._control.operating, wrap).routes(), *controller]
+        else:
+            routes = [
+                *(Route(path, self._edge(self._livez)) for path in ("/healthcheck", "/healthz", "/livez")),
+                *controller,
+            ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
     def _edge(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -488,7 +502,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     known = (
         "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /requests, /history; "
         "POST /cache/clear, /cache/lookup, /cache/delete; GET, POST and DELETE /cache/pins and /cache/prefetches; "
-        "GET /cache/objects, /cache/models; GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"
+        "GET /cache/objects, /cache/models; the controller's POST /lookup, /pin, /clear, /move, /health, /query_instance, "
+        "/check_finish; GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"
     )
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})

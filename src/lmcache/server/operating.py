@@ -64,13 +64,13 @@ class ToPrefetch(Prompt, forbid_unknown_fields=True):
 
 
 class Operating:
-    """The verbs of one server. Answers are JSON objects.
+    """The verbs of one server, which is called `instance`. Answers are JSON objects.
 
     Every verb that takes a prompt raises what `named` does, and Refusal if the prompt has too many chunks.
     """
 
-    def __init__(self, config: ServerConfig, loop: Loop, service: Service) -> None:
-        self._config, self._loop, self._service = config, loop, service
+    def __init__(self, config: ServerConfig, loop: Loop, service: Service, instance: str) -> None:
+        self._config, self._loop, self._service, self._instance = config, loop, service, instance
         self._prefetches = Prefetches(loop, service.l1, service.tiering, self._pin_prefetched)
 
     def _named(self, prompt: Prompt) -> list[Named]:
@@ -82,6 +82,7 @@ class Operating:
     def lookup(self, prompt: Looked) -> dict[str, object]:
         """Return for each model that the prompt may mean how many of its tokens are in L1, and how many more each tier has."""
         return {
+            "instance_id": self._instance,
             "chunk_size": self._config.chunk_size,
             "models": [self._looked(one, prompt.tiers) for one in self._named(prompt)],
         }
@@ -123,7 +124,10 @@ class Operating:
 
     def models(self) -> dict[str, object]:
         """Return the models that callers can name."""
-        return {"models": [one.described() for one in self._loop.ask(self._service.models.known)]}
+        return {
+            "instance_id": self._instance,
+            "models": [one.described() for one in self._loop.ask(self._service.models.known)],
+        }
 
     def objects(self, model: str = "", space: int = -1, after: int = 0, limit: int = 100) -> dict[str, object]:
         """Return some chunks of L1, of all models or of one, and `next`: the `space` and `after` of the next page, or null.

@@ -15,6 +15,7 @@ from lmcache.cache.records import Blocks, select
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server.attaching import Attaching
+from lmcache.server.controller import Controller, Here, There, instance_name
 from lmcache.server.history import COUNTERS, GAUGES, History
 from lmcache.server.loop import Loop
 from lmcache.server.operating import Operating
@@ -37,7 +38,10 @@ class Report:
 
     def __init__(self, config: ServerConfig, loop: Loop, service: Service, attaching: Attaching | None = None) -> None:
         self._config, self._loop, self._service, self._attaching = config, loop, service, attaching
-        self.operating = Operating(config, loop, service)
+        self.operating = Operating(config, loop, service, instance_name(config))
+        here = Here(instance_name(config), self.operating, self.clear, self.health)
+        others = [There(url, lambda: self._config.api_token) for url in config.control_peers]
+        self.controller = Controller([here, *others], loop.runtime)
         self._history = History(loop.now, loop.runtime.wall, self._counters)
         loop.on_tick.append(self._history.tick)
 
