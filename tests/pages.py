@@ -136,7 +136,7 @@ trap 'status=$?; trap - EXIT; kill $(jobs -p) 2>/dev/null || true; wait || true;
 lmcache() {
   if [ "$1" = server ] && [ "$BASHPID" != $$ ]; then exec "$PY" -m lmcache.cli.main "$@"; fi # `kill %1` reaches it
   case $1 in
-    ping | status | describe | why | doctor | predict | clear | bench)
+    ping | status | describe | why | doctor | predict | clear | bench | kvcache)
       "$PY" -m lmcache.cli.main "$@" --url "http://127.0.0.1:$HTTP_PORT" ;;
     *) "$PY" -m lmcache.cli.main "$@" ;;
   esac

@@ -241,6 +241,12 @@ class PyTable:
         )
         return pack(sorted(found))
 
+    def numbered(self, first: int, count: int, /) -> tuple[bytes, int]:
+        first = min(max(first, 1), self._next_id)
+        end = min(first + max(count, 0), self._next_id)
+        found = sorted(record for record in self._by_key.values() if first <= record < end)
+        return pack(found), end if end < self._next_id else 0
+
     def survey(self, bounds: bytes, /) -> bytes:
         edges = unpack(bounds)
         if len(edges) % 2 or list(edges) != sorted(edges):

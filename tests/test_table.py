@@ -197,6 +197,15 @@ def test_in_sectors_names_attached_records_with_an_extent_there(table_type: NewT
 
 
 @both
+def test_attached_records_are_listed_by_their_numbers_page_by_page(table_type: NewTable) -> None:
+    table = table_type(1)
+    a, b, c = (table.insert(key_of(number), -1) for number in range(3))
+    table.detach(b)
+    assert [(*unpack(ids), rest) for ids, rest in (table.numbered(0, 2), table.numbered(3, 2))] == [(a, 3), (c, 0)]
+    assert table.numbered(0, 9) == (pack([a, c]), 0) and table.numbered(9, 9) == (b"", 0)
+
+
+@both
 def test_a_survey_tells_what_goes_with_a_range_of_sectors(table_type: NewTable) -> None:
     table = table_type(1)
     first = [filled(table, number, sector=number) for number in range(4)]
@@ -515,6 +524,10 @@ class Twins(RuleBasedStateMachine):
     @rule(first=st.integers(0, 50), length=st.integers(0, 50))
     def in_sectors(self, first: int, length: int) -> None:
         self.ask("in_sectors", first, first + length)
+
+    @rule(first=st.integers(-2, 30), count=st.integers(-1, 30))
+    def numbered(self, first: int, count: int) -> None:
+        self.ask("numbered", first, count)
 
     @rule(records=st.lists(records, max_size=6))
     def match(self, records: list[int]) -> None:

@@ -146,6 +146,9 @@ class Table:
         """Return the sectors of the records' extents, [record][shard]; NO_EXTENT for an empty shard."""
     def in_sectors(self, first_sector: int, end_sector: int, /) -> bytes:
         """Return the ids, ascending, of attached records with an extent in first_sector <= sector < end_sector."""
+    def numbered(self, first: int, count: int, /) -> tuple[bytes, int]:
+        """Return the ids, ascending, of attached records with first <= id < first + count, and the id with which to go on; 0
+        behind the last record."""
     def survey(self, bounds: bytes, /) -> bytes:
         """Return, for each range of sectors, what emptying the range would evict, as a pair of u32.
 

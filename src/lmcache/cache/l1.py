@@ -1,4 +1,4 @@
-"""L1 joins the decisions of the heart with an arena and its extent headers.
+"""L1 joins the decisions of the heart, with the verbs of operators, with an arena and its extent headers.
 
 When a method returns, all its effects have happened: the extents that it grants have memory, the headers describe the contents of
 the extents, and the listeners have been called. One thread owns L1.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import ParamSpec
 
 from lmcache.cache.claims import SERVER, Refusal, Reservation
-from lmcache.cache.heart import Heart
+from lmcache.cache.managing import Managing
 from lmcache.cache.table import Table
 from lmcache.memory.arena import Arena, ArenaFull
 from lmcache.memory.headers import Writer
@@ -32,7 +32,7 @@ def first_number(arena_id: bytes, epoch: int) -> int:
     return block % ((1 << 63) // _NUMBERS) * _NUMBERS + 1
 
 
-class L1(Heart):
+class L1(Managing):
     """The heart of one arena, with its memory. `Heart` describes the arguments."""
 
     def __init__(

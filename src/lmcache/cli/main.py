@@ -15,6 +15,7 @@ from lmcache.cli import (
     clear,
     codec,
     completion,
+    coordinator,
     demo,
     describe,
     doctor,
@@ -71,7 +72,7 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     modules = (
         *(server, status, top, ping, describe, why, doctor, tier, predict, replay, size, codec),
-        *(clear, settings, bench, demo, proxy, completion, kvcache),
+        *(clear, settings, bench, demo, proxy, coordinator, completion, kvcache),
     )
     for module in modules:
         module.add_verb(verbs)

@@ -58,6 +58,9 @@ def screen(url: str, status: Mapping[str, Any], health: Mapping[str, Any]) -> It
         f"L1        {size_text(used)} of {size_text(total)} used ({used / max(1.0, total):.0%}), {index.text('chunks')} chunks "
         f"of {told.text('chunk_size')} tokens; {counters.number('evicted_chunks_total'):.0f} evicted so far"
     )
+    if index.given("pins"):
+        pinned, most = index.number("pinned_bytes"), index.number("pinnable_bytes")
+        yield f"pinned    {size_text(pinned)} of at most {size_text(most)}, by {index.text('pins')} pins (`lmcache kvcache pins`)"
     hits, misses = counters.number("hit_chunks_total"), counters.number("missed_chunks_total")
     ratio = f"{hits / (hits + misses):.0%} of the chunks asked for" if hits + misses else "nothing asked for yet"
     yield f"hits      {ratio} ({hits:.0f} found, {misses:.0f} not)"

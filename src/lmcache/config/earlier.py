@@ -38,7 +38,6 @@ def _refused(flags: str, remedy: str, accepted: tuple[str, ...] = ()) -> tuple[E
 
 _NO_PLUGINS = "the server runs no code but its own: leave it out"
 EARLIER_FLAGS: tuple[EarlierFlag, ...] = (
-    *_no_effect("--instance-id", "the server gives itself a new id at each start, which /status shows"),
     *_refused("--transport", "engines connect over ZMQ: leave it out", ("zmq",)),
     *_no_effect("--null-block-id", "engines name the blocks that they copy themselves"),
     *_no_effect(

@@ -206,6 +206,18 @@ def one_url(text: str) -> str:
     return text
 
 
+def http_urls(text: str) -> tuple[str, ...]:
+    """Parse URLs of HTTP servers, separated by commas, newlines or blanks."""
+    return tuple(dict.fromkeys(one_url(one).rstrip("/") for one in text.replace(",", " ").split()))
+
+
+def one_line(text: str) -> str:
+    """Parse a name of up to 200 printable characters."""
+    if len(text) > 200 or not text.isprintable():
+        raise ValueError("must have at most 200 characters, all of them printable")
+    return text
+
+
 def peers(text: str) -> tuple[str, ...]:
     """Parse the addresses of servers, separated by commas. A port that is missing is 5555."""
     return tuple(dict.fromkeys(address for line in text.splitlines() for address in _addresses(line)))

@@ -70,6 +70,11 @@ class ServerConfig:
         help="Tokens in a chunk, the unit of reuse. Small chunks find more in short prompts and cost more per token; "
         "any size works with any block size of the engine. Engines learn the size from the server.",
     )
+    pinned_share: float = _cache(
+        *("SHARE", read.number(0, 1), 0.5),
+        help="How much of L1 operators may pin (`lmcache kvcache pin`), from 0 to 1. What is pinned is not evicted, so engines "
+        "have the rest.",
+    )
     lease_seconds: float = _cache(
         *("SECONDS", read.number(1, 3600), 30.0),
         help="How long an engine may take to load what a lookup found or to store what it reserved, and a tier to finish a "
@@ -170,6 +175,24 @@ class ServerConfig:
         *("NAMES", read.word(*METRICS_NAMES), "own"),
         help="lmcache-0.5: /metrics also has the names that dashboards of the public project read "
         "(docs/coming-from-lmcache-0.5.md). own: only this server's.",
+    )
+    instance_id: str = _network(
+        *("NAME", read.one_line, ""),
+        default_text="HOSTNAME:HTTP-PORT",
+        help="What the server is called in the answers of /lookup and the other routes of the public project's controller.",
+    )
+    control_peers: tuple[str, ...] = _network(
+        *("URL,...", read.http_urls, ()),
+        default_text="none",
+        repeat=True,
+        help="The HTTP addresses of other servers, such as http://10.0.0.8:8080, which /lookup, /move and the other routes of "
+        "the public project's controller ask, too. They are sent this server's API token, so all have the same.",
+    )
+    tokenizer_url: str = _network(
+        *("URL", read.one_url, ""),
+        default_text="none",
+        help="The HTTP address of an engine, such as http://localhost:8000, whose /tokenize turns the text of `lmcache kvcache` "
+        "into tokens. Without it, callers send token ids. No other address is asked, whatever a request says.",
     )
     otlp_endpoint: str = _network(
         *("URL", read.one_url, ""),
@@ -321,7 +344,7 @@ def shown(option: Option, value: object) -> object:
         return "auto"
     if option.name == "l2_queue_gb" and not value:
         return "half of L1"
-    if option.name == "otlp_endpoint":
+    if option.name in ("otlp_endpoint", "tokenizer_url"):
         return read.redacted_url(str(value))
     if isinstance(value, tuple):
         return [read.redacted_url(one) if isinstance(one, str) else one for one in value]

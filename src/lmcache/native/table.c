@@ -1058,6 +1058,30 @@ static PyObject *table_in_sectors(PyObject *self, PyObject *const *args, Py_ssiz
     return result;
 }
 
+/* The attached records with first <= id < first + count, and the id to go on with; 0 behind the last record. */
+static PyObject *table_numbered(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    const table_t *t = (const table_t *)self;
+    long long first, count;
+    if (!has_arguments(nargs, 2) || to_number(args[0], &first) < 0 || to_number(args[1], &count) < 0)
+        return NULL;
+    list_t found = {NULL, 0, 0};
+    uint32_t id = first < 1 ? 1 : first < t->next_id ? (uint32_t)first : t->next_id;
+    for (long long left = count; id < t->next_id && left > 0; id++, left--)
+        if ((at(t, id)->flags & ATTACHED) && append_id(&found, id) < 0) {
+            free(found.ids);
+            return NULL;
+        }
+    PyObject *packed = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * found.count));
+    if (packed) {
+        uint8_t *out = (uint8_t *)PyBytes_AsString(packed);
+        for (size_t i = 0; i < found.count; i++)
+            write_u32(out + 4 * i, found.ids[i]);
+    }
+    free(found.ids);
+    return packed ? Py_BuildValue("(NI)", packed, id < t->next_id ? (unsigned int)id : 0U) : NULL;
+}
+
 /* Returns i, even, of the range bounds[i] <= sector < bounds[i + 1] that contains this sector, or -1. */
 static long long range_of(const uint8_t *bounds, size_t count, uint32_t sector)
 {
@@ -1299,8 +1323,9 @@ static void table_dealloc(PyObject *self)
 
 static PyMethodDef methods[] = {
     ONE(match),         ONE(get),           SEVERAL(insert),    ONE(detach),    ONE(free),       ONE(touch),
-    SEVERAL(asked),     NOTHING(settle), SEVERAL(answered),    ONE(touch_path),    NOTHING(victim),    ONE(evictable),     ONE(pin),       ONE(unpin),      SEVERAL(begin_fill),
-    SEVERAL(end_fill),  SEVERAL(state),     SEVERAL(extent),      ONE(extents),     ONE(key),        SEVERAL(in_sectors),
+    SEVERAL(asked),     NOTHING(settle),    SEVERAL(answered),  ONE(touch_path), NOTHING(victim), ONE(evictable),
+    ONE(pin),           ONE(unpin),         SEVERAL(begin_fill), SEVERAL(end_fill), SEVERAL(state), SEVERAL(extent),
+    ONE(extents),       ONE(key),           SEVERAL(in_sectors), SEVERAL(numbered),
     ONE(parent),        ONE(children),      ONE(only_child),    ONE(pins),          ONE(filling),   ONE(complete),
     ONE(attached),      NOTHING(memory_bytes), ONE(survey),     {NULL, NULL, 0, NULL},
 };

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lmcache.server.controller import Controller
+    from lmcache.server.operating import Operating
 
 
 class Control(Protocol):
     """Queries to a running server. Each is thread-safe, and returns within a second or raises TimeoutError."""
+
+    operating: Operating
+    """The verbs of operators: pins, prefetches, lookups, lists and deletions."""
+    controller: Controller
+    """The same for this server and its fellows, as scripts of the public project ask."""
 
     def health(self) -> tuple[bool, str]:
         """Return whether the server serves, and if not the reason."""
@@ -46,7 +55,8 @@ class Control(Protocol):
         ...
 
     def clear(self, tiers: str = "") -> dict[str, object]:
-        """Empty L1, including leased chunks, and these tiers (`all`, or names separated by commas). Returns what was removed.
+        """Empty L1, including leased and pinned chunks, and these tiers (`all`, or names separated by commas). Returns what was
+        removed.
 
         Raises:
             ConfigError: there is no tier of such a name.

@@ -34,6 +34,8 @@ from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.server import page
 from lmcache.server.control import Control
+from lmcache.server.http_controller import ControllerRoutes
+from lmcache.server.http_operating import OperatingRoutes
 from lmcache.server.http_sockets import Connection, is_loopback, listen
 from lmcache.server.metrics import render
 
@@ -62,11 +64,14 @@ _HEADERS = [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Ca
 
 
 class HttpEndpoint:
-    """The HTTP endpoint of a server. `start` returns when it serves, and `stop` when its thread has ended."""
+    """The HTTP endpoint of a server. `start` returns when it serves, and `stop` when its thread has ended.
 
-    def __init__(self, config: ServerConfig, control: Control) -> None:
+    whole: False for a process that is only a controller of other servers; it has the routes of that, and health.
+    """
+
+    def __init__(self, config: ServerConfig, control: Control, whole: bool = True) -> None:
         self._config = config
-        self._control = control
+        self._control, self._whole = control, whole
         self._started = threading.Event()
         self._server: uvicorn.Server | None = None
         self._connections: dict[tuple[str, int], Connection] = {}
@@ -182,6 +187,20 @@ class HttpEndpoint:
                 )
             ),
         ]
+
+        def wrap(
+            route: Callable[[Request], Awaitable[Response]], changes: bool
+        ) -> Callable[[Request], Awaitable[Response]]:
+            return self._edge(self._guarded(route, changes))
+
+        controller = ControllerRoutes(lambda: self._control.controller, wrap).routes()
+        if self._whole:
+            routes += [*OperatingRoutes(lambda: self._control.operating, wrap).routes(), *controller]
+        else:
+            routes = [
+                *(Route(path, self._edge(self._livez)) for path in ("/healthcheck", "/healthz", "/livez")),
+                *controller,
+            ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
     def _edge(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -282,7 +301,8 @@ class HttpEndpoint:
         return Response(body, headers={"Content-Type": content_type})
 
     async def _clear(self, request: Request) -> Response:
-        """Empty L1, safely even while engines read. `?tiers=all` also empties the tiers, `?tiers=disk` those of these names."""
+        """Empty L1, safely even while engines read, and end all pins. `?tiers=all` also empties the tiers, `?tiers=disk` those of
+        these names."""
         if _declared_length(request) > _MOST_BODY_BYTES:
             return _json({"status": "error", "reason": f"the body is larger than {_MOST_BODY_BYTES} bytes"}, 413)
         for name in request.query_params:
@@ -297,7 +317,8 @@ class HttpEndpoint:
             return _json({"status": "error", "reason": str(error)}, 404)
         if details.get("failed_tiers"):
             return _json({"status": "incomplete", **details}, 503)
-        return _json({"status": "ok", **details} if tiers else {"status": "ok"})  # exactly the documented answer
+        told = details if tiers else {name: count for name, count in details.items() if name == "ended_pins"}
+        return _json({"status": "ok", **told})  # exactly the documented answer, unless there is more to say
 
     async def _tiers(self, request: Request) -> Response:
         """List the tiers, nearest first, with their states."""
@@ -480,7 +501,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
     known = (
         "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /requests, /history; "
-        "POST /cache/clear; GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"
+        "POST /cache/clear, /cache/lookup, /cache/delete; GET, POST and DELETE /cache/pins and /cache/prefetches; "
+        "GET /cache/objects, /cache/models; the controller's POST /lookup, /pin, /clear, /move, /health, /query_instance, "
+        "/check_finish; GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"
     )
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})

@@ -194,6 +194,7 @@ def start(
     eviction = Eviction(config.eviction_policy, _habits_file(config, owner))
     started.callback(eviction.save)
     l1 = L1(arena, float(config.lease_seconds), eviction.new_table, eviction.group_table)
+    l1.pinnable_bytes = int(config.pinned_share * l1.total_bytes)
     tiering = _start_tiers(config, loop, l1, specs, started)
     records_bytes = int(config.records_mb * 2**20)
     service = Service(loop, l1, config.chunk_size, workers, tiering, server_id, records_bytes)

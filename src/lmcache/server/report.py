@@ -15,8 +15,10 @@ from lmcache.cache.records import Blocks, select
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
 from lmcache.server.attaching import Attaching
+from lmcache.server.controller import Controller, Here, There, instance_name
 from lmcache.server.history import COLUMNS, History
 from lmcache.server.loop import Loop
+from lmcache.server.operating import Operating
 from lmcache.server.service import Service
 from lmcache.wire.messages import PEER
 
@@ -36,6 +38,10 @@ class Report:
 
     def __init__(self, config: ServerConfig, loop: Loop, service: Service, attaching: Attaching | None = None) -> None:
         self._config, self._loop, self._service, self._attaching = config, loop, service, attaching
+        self.operating = Operating(config, loop, service, instance_name(config))
+        here = Here(instance_name(config), self.operating, self.clear, self.health)
+        others = [There(url, lambda: self._config.api_token) for url in config.control_peers]
+        self.controller = Controller([here, *others], loop.runtime)
         self._history = History(loop.now, loop.runtime.wall, self._counters)
         loop.on_tick.append(self._history.tick)
 
@@ -61,7 +67,10 @@ class Report:
         known = [runner.name for runner in runners if not runner.tier.read_only]
         for name in names - {"all", *known}:
             raise ConfigError(f"tiers={name}: there is no such tier; known: {', '.join(['all', *known])}")
+        pins = len(self._service.l1.pins)
         cleared: dict[str, object] = {"cleared_chunks": self._loop.ask(self._service.clear, 30.0)}
+        if pins:
+            cleared["ended_pins"] = pins
         if names and known:
             wrong = self._clear_tiers([name for name in known if "all" in names or name in names])
             cleared["cleared_tiers"] = [
@@ -227,6 +236,10 @@ class Report:
                 "index_bytes": l1.index_bytes(),
                 "leases": l1.open_leases,
                 "reservations": l1.open_reservations,
+                "pins": len(l1.pins),
+                "pinned_chunks": l1.pinned_chunks,
+                "pinned_bytes": l1.pinned_bytes,
+                "pinnable_bytes": l1.pinnable_bytes,
                 "spaces": [
                     {
                         "space": space.number,
@@ -322,6 +335,11 @@ class Report:
             "complete_chunks": sum(space.complete for space in l1.spaces),
             "leases": l1.open_leases,
             "reservations": l1.open_reservations,
+            "pins": len(l1.pins),
+            "pinned_chunks": l1.pinned_chunks,
+            "pinned_bytes": l1.pinned_bytes,
+            "pinnable_bytes": l1.pinnable_bytes,
+            "prefetches_running": self.operating.running_prefetches,
             "promised_chunks": len(l1.promises.by_chunk),
             "engine_processes": sum(peer.role != PEER for peer in service.sessions.peers),
             "pulling_servers": len({peer.instance for peer in service.sessions.peers if peer.role == PEER}),

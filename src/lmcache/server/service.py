@@ -24,6 +24,7 @@ from lmcache.observability.log import init_logger
 from lmcache.server.eviction import Eviction
 from lmcache.server.followers import Followers
 from lmcache.server.loop import Loop
+from lmcache.server.named import Models
 from lmcache.server.parked import ParkedPulls
 from lmcache.server.payload import PayloadCopies, Reply
 from lmcache.server.sessions import Peer, Sessions
@@ -59,6 +60,7 @@ class Service:
     ) -> None:
         self.loop, self.l1, self.chunk_tokens, self.tiering = loop, l1, chunk_tokens, tiering
         self.sessions = Sessions(l1, chunk_tokens, loop.now, server_id)
+        self.models = Models(l1)
         self.counters: Counter[str] = Counter()
         self.recording: Recording | None = None
         self.predicting: Predicting | None = None
@@ -119,8 +121,9 @@ class Service:
             self.predicting.tiers_joined()
 
     def model_of(self, space: int) -> str:
-        """Return the name of the model whose KV the space holds, "" if no engine uses it now."""
-        return next((one.spaces[space] for one in self.sessions.peers if space in one.spaces), "")
+        """Return the name of the model whose KV the space holds, "" if no engine has told it."""
+        mine = next((one.spaces[space] for one in self.sessions.peers if space in one.spaces), "")
+        return mine or self.models.name_of(space)
 
     # Requests
 
@@ -201,6 +204,7 @@ class Service:
                     "Its KV may be rounded (lossy_kv=%s), and has names of its own: %s", layout.lossy_kv, peer.who
                 )
         peer.spaces[space] = layout.model_id
+        self.models.registered(request, space)
         peer.layout = {
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,
