@@ -14,7 +14,19 @@ native = Extension(
     "lmcache._native",
     sources=[
         f"src/lmcache/native/{name}.c"
-        for name in ("module", "copy", "table", "learned", "habits", "exchange", "device", "frames", "sample", "pack12", "int8")
+        for name in (
+            "module",
+            "copy",
+            "table",
+            "learned",
+            "habits",
+            "exchange",
+            "device",
+            "frames",
+            "sample",
+            "pack12",
+            "int8",
+        )
     ],
     depends=[
         f"src/lmcache/native/{name}.h"
