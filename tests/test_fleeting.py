@@ -6,9 +6,11 @@ import random
 
 import pytest
 
-from lmcache.cache import SERVER, Event, Heart
+from lmcache.cache import SERVER, Event
 from lmcache.cache.events import LET_GO
 from lmcache.cache.lifetimes import Lifetimes
+from lmcache.cache.managing import Managing
+from lmcache.chunks import split_hashes
 
 SECTOR = 4096
 PROMPT = random.Random(1).randbytes(16 * 6)
@@ -18,7 +20,7 @@ class Parts:
     """A heart with two engines and a fleeting tier."""
 
     def __init__(self, reach: int = 0) -> None:
-        self.heart = Heart(64 * SECTOR)
+        self.heart = Managing(64 * SECTOR)
         self.heart.fleeting_tiers.add("peers")
         for process in (1, 2):
             self.heart.join(process, f"engine {process}")
@@ -166,3 +168,15 @@ def test_its_age_is_not_measured() -> None:
     assert len(lives) == 2
     one.end(one.look_up(hashes))
     assert not len(lives) and lives.counters()["chunk_eviction_age_seconds_count"] == 0
+
+
+def test_what_an_engine_stores_after_a_deletion_stays() -> None:
+    one = Parts()
+    one.fill(PROMPT)
+    one.end(one.look_up())
+    one.fill(PROMPT)
+    assert one.heart.remove([one.space], PROMPT).chunks == 6 and one.left == 0
+    assert one.told[-1].reason == "deleted" and one.told[-1].hashes == b"".join(reversed(split_hashes(PROMPT)))
+    one.fill(PROMPT, process=1, tier="")
+    one.end(one.look_up())
+    assert one.left == 6, "the engine has computed it, and no peer has brought it"

@@ -13,15 +13,14 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 from lmcache.cache.allocator import Space
 from lmcache.cache.claims import Held, Refusal
-from lmcache.cache.events import NOBODY, Event
+from lmcache.cache.events import NOBODY
 from lmcache.cache.groups import usable_prefix
 from lmcache.cache.heart import Heart
-from lmcache.chunks import HASH_BYTES
+from lmcache.chunks import HASH_BYTES, split_hashes
 
 MAX_PINS = 1024
 MOST_NAMED = 4096
@@ -75,8 +74,8 @@ class Managing(Heart):
         self.pinnable_bytes = self.total_bytes // 2
         """The most bytes that pins may hold together."""
         self._pins: dict[str, Pin] = {}
-        self._pinned = Counter[tuple[int, int]]()
-        """(space, record) -> how many pins hold the chunk."""
+        self._pinned: dict[int, Counter[int]] = {}
+        """Space -> record -> how many pins hold the chunk."""
         self._pinned_bytes = 0
 
     @property
@@ -91,7 +90,7 @@ class Managing(Heart):
 
     @property
     def pinned_chunks(self) -> int:
-        return len(self._pinned)
+        return sum(map(len, self._pinned.values()))
 
     def usable(self, spaces: Sequence[int], hashes: bytes) -> int:
         """Return how many of these chunks, from the first on, engines could use now. Nothing is touched, leased or counted.
@@ -134,10 +133,8 @@ class Managing(Heart):
         if len(self._pins) >= MAX_PINS:
             raise Refusal(f"there are {MAX_PINS} pins: remove some of them first")
         more = sum(
-            part.space.chunk_bytes
+            part.space.chunk_bytes * len(set(array("I", part.ids)).difference(self._pinned.get(part.space.number, ())))
             for part in parts
-            for one in array("I", part.ids)
-            if not self._is_pinned(part.space, one)
         )
         if self._pinned_bytes + more > self.pinnable_bytes:
             raise Refusal(
@@ -147,7 +144,7 @@ class Managing(Heart):
             )
         for part in parts:
             part.table.pin(part.ids)
-            self._pinned.update((part.space.number, one) for one in array("I", part.ids))
+            self._pinned.setdefault(part.space.number, Counter()).update(array("I", part.ids))
         self._pinned_bytes += more
         self._pins[name] = pin
         return pin
@@ -155,16 +152,27 @@ class Managing(Heart):
     def unpin(self, name: str) -> Pin | None:
         """End a pin; None if there is none of this name. Its chunks stay in L1, and may be evicted from now on."""
         pin = self._pins.pop(name, None)
-        for space, table, ids in pin.parts if pin is not None else ():
+        for space, _, ids in pin.parts if pin is not None else ():
+            counts, before = self._pinned[space.number], len(self._pinned[space.number])
             for one in array("I", ids):
-                self._pinned[space.number, one] -= 1
-                if not self._pinned[space.number, one]:
-                    del self._pinned[space.number, one]
-                    self._pinned_bytes -= space.chunk_bytes
+                left = counts[one] - 1
+                if left:
+                    counts[one] = left
+                else:
+                    del counts[one]
+            self._pinned_bytes -= (before - len(counts)) * space.chunk_bytes
+            if not counts:
+                del self._pinned[space.number]
+        if pin is not None:
+            self._let_pinned_go(pin)
+        return pin
+
+    def _let_pinned_go(self, pin: Pin) -> None:
+        """Note that the pin does not read its chunks any more."""
+        for space, table, ids in pin.parts:
             released = table.unpin(ids)
             if released:
                 self._free(space, table, released)
-        return pin
 
     def remove(self, spaces: Sequence[int], hashes: bytes) -> Removed:
         """Remove these chunks of a prompt, from the last one on, in these spaces and their sisters. Chunks before one that stays
@@ -183,30 +191,18 @@ class Managing(Heart):
 
     def _remove_in(self, space: Space, hashes: bytes) -> tuple[int, Counter[str]]:
         """Do the same in one space. Returns how many chunks were removed, and how many stay, by reason."""
-        table, keys, kept = (
-            space.table,
-            [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)],
-            Counter[str](),
-        )
-        gone: list[int] = []
-        names: list[bytes] = []
-        for key in reversed(keys):
+        table, gone, kept = space.table, 0, Counter[str]()
+        for key in reversed(split_hashes(hashes)):
             record = table.get(key)
             if record < 0:
                 continue
             if not table.evictable(record):
                 kept[self._why_kept(space, record)] += 1
                 continue
-            if table.complete(record):
-                gone.append(record)
-                names.append(key)
-                space.complete -= 1
-            space.last_used.pop(record, None)
-            self._free(space, table, table.detach(record))
-        # Told as an eviction: to whoever follows chunks, it is one.
-        detail = partial(Event._replace, hashes=b"".join(names), last_used=(None,) * len(names))
-        self.events.emit("evicted", space.number, len(names), "deleted", NOBODY, detail)
-        return len(gone), kept
+            gone += table.complete(record)
+            self._evict(space, record)
+        self._emit_evicted(NOBODY, -1, "deleted")  # to whoever follows chunks, it is an eviction
+        return gone, kept
 
     def _why_kept(self, space: Space, record: int) -> str:
         if self._is_pinned(space, record):
@@ -241,12 +237,15 @@ class Managing(Heart):
 
     def clear(self) -> int:
         """End all pins, and do the same as `Heart.clear`."""
-        for name in list(self._pins):
-            self.unpin(name)
+        pins, self._pinned_bytes = self.pins, 0
+        self._pins.clear()
+        self._pinned.clear()
+        for pin in pins:
+            self._let_pinned_go(pin)
         return super().clear()
 
     def _is_pinned(self, space: Space, record: int) -> bool:
-        return (space.number, record) in self._pinned
+        return record in self._pinned.get(space.number, ())
 
     def _named(self, spaces: Sequence[int], hashes: bytes) -> list[Space]:
         if len(hashes) > MOST_NAMED * HASH_BYTES:
