@@ -23,7 +23,9 @@ from lmcache.runtime import RUNTIME
 from lmcache.server.report import _check_reads_no_secrets
 from lmcache.tiers import TierError
 from lmcache.tiers.operation import Close
-from lmcache.tiers.redis.leases import MAX_LEASES, MAX_TEXT_BYTES
+from lmcache.tiers.redis.leases import MAX_LEASES, MAX_TEXT_BYTES, Leases
+from lmcache.tiers.redis.nodes import Nodes
+from lmcache.tiers.redis.resp import Login, Node
 from lmcache.tiers.registry import make_tier
 from ports import free_port
 from prompts import tokens
@@ -76,6 +78,36 @@ def test_servers_find_each_other_and_leave_with_their_lease(
     assert sorted(one.names()) == ["127.0.0.1:2", "host-c:7"]
     one.now += 1
     assert one.names() == ["host-c:7"] and gone not in valkey.raw.zrange(KEY, 0, -1)
+
+
+def test_after_a_failure_at_the_start_somebody_else_may_have_the_directory(valkey: RedisServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as dead:
+        ports = [dead.getsockname()[1], valkey.port]
+        dead.close()
+
+        class Sentinels(Nodes):
+            moves = True
+
+            def refresh(self, deadline: float) -> None:
+                self._seed, self.stale = Node("127.0.0.1", ports.pop(0), Login(), 1), False
+
+        leases = Leases(Sentinels("127.0.0.1", 1, Login(), 1), "lmcache", PATIENCE)
+        with pytest.raises(TierError):
+            leases.own_address()
+        assert leases.own_address() == "127.0.0.1" and leases.renew("me", 1.0) == [b"me"]
+        leases.close()
+
+
+def test_a_server_beside_the_store_says_that_others_do_not_find_it(
+    valkey: RedisServer, folders: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    key = key_file(folders("/tmp"))
+    for host, address in (("0.0.0.0", "host-a:5555"), ("127.0.0.1", "")):
+        Here(valkey, key, 1, address, host).names()
+    assert "--peer-address" not in caplog.text
+    one = Here(valkey, key, 1)
+    one.names(), one.names()
+    assert caplog.text.count("--peer-address HOST:1") == 1
 
 
 def test_an_emptied_directory_ends_nothing(valkey: RedisServer, folders: Callable[[str], Path]) -> None:

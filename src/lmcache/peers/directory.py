@@ -116,6 +116,12 @@ class Directory:
                 host,
             )
             return ""
+        if host.is_unspecified and own.is_loopback:
+            logger.warning(
+                "The directory of peers is reached at %s, so this server writes that address, by which no other host finds it: "
+                "if there are servers on other hosts, pass --peer-address HOST:%d",
+                *(own, self._port),
+            )
         return f"{in_url(str(own if host.is_unspecified else host))}:{self._port}"
 
     def _entry(self, address: str) -> str:

@@ -44,9 +44,13 @@ class Leases:
 
     def own_address(self) -> str:
         """Return the numeric address by which this machine reaches the store. Raises TierError if it does not reach it."""
-        deadline = self._refreshed()
-        with self._nodes.of(self._tag).connection(deadline) as connection:
-            return connection.own_address()
+        try:
+            deadline = self._refreshed()
+            with self._nodes.of(self._tag).connection(deadline) as connection:
+                return connection.own_address()
+        except TierError:
+            self._nodes.stale = self._nodes.moves
+            raise
 
     def renew(self, text: str, seconds: float) -> list[bytes]:
         """Keep this text for so long from now on ("" to keep none), and return all texts that live, with this one.
