@@ -27,8 +27,8 @@ _MOST_AT_ONCE = 4
 
 
 class OperatingRoutes:
-    """operating: returns the verbs. wrap: guards a route and answers its unexpected errors; its second argument says whether the
-    route changes something."""
+    """operating: returns the verbs. wrap: guards a route and answers its unexpected errors; its second argument says whether web
+    pages are kept out, since the route changes something, or asks tiers and other servers."""
 
     def __init__(self, operating: Callable[[], Operating], wrap: Callable[[Endpoint, bool], Endpoint]) -> None:
         self._operating, self._wrap = operating, wrap
@@ -36,7 +36,6 @@ class OperatingRoutes:
 
     def routes(self) -> list[Route]:
         reads: tuple[tuple[str, str, Endpoint], ...] = (
-            ("/cache/lookup", "POST", self.lookup),
             ("/cache/models", "GET", self.models),
             ("/cache/objects", "GET", self.objects),
             ("/cache/pins", "GET", self.pins),
@@ -44,6 +43,7 @@ class OperatingRoutes:
             ("/cache/prefetches/{name}", "GET", self.prefetched),
         )
         changes: tuple[tuple[str, str, Endpoint], ...] = (
+            ("/cache/lookup", "POST", self.lookup),
             ("/cache/pins", "POST", self.pin),
             ("/cache/pins", "DELETE", self.unpin_prompt),
             ("/cache/pins/{name}", "DELETE", self.unpin),
