@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ import httpx
 import pytest
 
 from engine_process import Engine
+from lmcache.errors import ConfigError
+from lmcache.server.controller import Asked, Controller, There
+from lmcache.server.named import Unknown
 from lmcache.v1.cache_controller import controller_manager
 from lmcache.v1.cache_controller.message import LookupMsg, QueryInstMsg
 from ports import free_port
@@ -76,6 +82,8 @@ def test_a_server_answers_for_itself_and_for_its_fellows(pair: tuple[Server, Ser
     assert "codec" in ask(first.http_port, "/compress", {"tokens": [1]}, 501)["reason"]
     assert "location" in ask(first.http_port, "/pin", {"tokens": [1], "location": "NixlBackend"}, 400)["reason"]
     assert '"tokens"' in ask(first.http_port, "/lookup", {}, 400)["reason"]
+    nowhere = {"instance_id": "instance-1", "location": "a tier &ä#"}
+    assert "a tier &ä#: there is no such tier" in ask(first.http_port, "/clear", nowhere, 404)["reason"]
 
     second.kill()
     lost = ask(first.http_port, "/lookup", {"tokens": long})
@@ -102,13 +110,15 @@ def test_a_move_is_a_pull_by_the_new_place_and_a_removal_at_the_old_one(
     assert moved(copy=True) == "finished"
     assert first.counters()["complete_chunks"] == second.counters()["complete_chunks"] == 10
     assert second.counters()['lookup_tokens_total{source="l1"}'] == 0 and first.counters()["lent_shards_total"] == 10
+    engine(first, "third", model="another").store(prompt(1))
     assert moved() == "finished"
-    assert (first.counters()["complete_chunks"], second.counters()["complete_chunks"]) == (0, 10)
+    assert (first.counters()["complete_chunks"], second.counters()["complete_chunks"]) == (10, 10), "of another model"
     other.poison()
     hit = other.lookup(prompt(1))
     assert hit is not None
     assert other.wait(other.submit_load(hit, CHUNK, 0, 160, prompt(1))).ok and other.right(prompt(1), 0, 160)
-    assert "has nothing" in ask(first.http_port, "/move", {"tokens": prompt(1), **places}, 404)["reason"]
+    again = {"tokens": prompt(1), "model": "model", **places}
+    assert "has nothing" in ask(first.http_port, "/move", again, 404)["reason"]
     assert "no such move" in ask(first.http_port, "/check_finish", {"event_id": "move1"}, 404)["reason"]
 
 
@@ -120,7 +130,7 @@ def test_the_process_in_front_of_servers_needs_their_token_and_its_own(
     secret.chmod(0o600)
     cache = server(l1=4, chunk=CHUNK, flags=("--api-token-file", str(secret), "--instance-id", "the-one"))
     engine(cache).store(prompt(1))
-    port, url = free_port(), f"http://127.0.0.1:{cache.http_port}"
+    port, url = free_port(), f"http://127.0.0.1:{cache.http_port},http://localhost:{cache.http_port}"
     flags = "--host", "localhost", "--port", str(port), "--monitor-port", "9001", "--servers", url
     shim = Process([sys.executable, "-m", "lmcache.cli.coordinator", *flags, "--api-token-file", str(secret)])
     try:
@@ -134,11 +144,47 @@ def test_the_process_in_front_of_servers_needs_their_token_and_its_own(
         good = proxied | {"Authorization": "Bearer secret"}
         assert ask(port, "/lookup", {"tokens": prompt(1)}, headers=good)["layout_info"]
         listed = httpx.get(f"http://127.0.0.1:{port}/instances", timeout=PATIENCE, trust_env=False).json()
-        assert listed["instances"] == [{"instance_id": "the-one", "host": "127.0.0.1"}]
+        assert listed["instances"] == [{"instance_id": "the-one", "host": host} for host in ("127.0.0.1", "localhost")]
         assert httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=PATIENCE, trust_env=False).status_code == 200
         ask(port, "/cache/pins", {"tokens": [1]}, 404)
     finally:
         assert shim.end() == 0
+
+
+def test_what_other_servers_say_is_cut_and_two_of_one_name_are_told_apart() -> None:
+    class Fellow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/cache/models":
+                return self._answer(200, {"instance_id": "twin", "server_id": str(self.server.server_port)})  # type: ignore[attr-defined]
+            self._answer(404, {"reason": "line\n" * 1000})
+
+        do_POST = do_GET
+
+        def _answer(self, status: int, told: Any) -> None:
+            body = json.dumps(told).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    fellows = [ThreadingHTTPServer(("127.0.0.1", 0), Fellow) for _ in range(2)]
+    for one in fellows:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+    members = [There(f"http://user:secret@127.0.0.1:{one.server_port}", lambda: "") for one in fellows]
+    try:
+        with pytest.raises(Unknown) as said:
+            Controller(members[:1]).pin(Asked(tokens=[1]))
+        assert "user:***@" in str(said.value) and "secret" not in str(said.value)
+        assert len(str(said.value)) < 600 and str(said.value).isprintable()
+        with pytest.raises(ConfigError, match="'twin': 2 servers are called so: give each an --instance-id"):
+            Controller(members).pin(Asked(tokens=[1], instance_id="twin"))
+    finally:
+        for one in fellows:
+            one.shutdown()
+            one.server_close()
 
 
 def test_the_router_of_the_production_stack_finds_its_names(

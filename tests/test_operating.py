@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ import httpx
 import pytest
 
 from engine_process import Engine
+from lmcache.cache import L1
+from lmcache.cache.managing import Managing
+from lmcache.chunks import Layout
 from lmcache.cli.main import main
+from lmcache.memory.arena import Arena
+from lmcache.server.named import Models
+from lmcache.wire import messages as m
 from servers import PATIENCE, Server, eventually
 
 StartServer = Callable[..., Server]
@@ -170,6 +177,7 @@ def test_what_is_wrong_is_named(server: StartServer, engine: StartEngine) -> Non
         ({"tokens": []}, 400, "no tokens"),
         ({"tokens": [1], "adress": "http://evil"}, 400, "adress"),
         ({"hashes": ["12"]}, 400, "32 hexadecimal digits"),
+        ({"hashes": ["ab" * 16, "AB" * 16]}, 400, "there twice"),
         ({"text": "hello"}, 400, "--tokenizer-url"),
         ({"tokens": [1], "model": "c"}, 404, "a/one, b/two"),
         ({"tokens": list(range(CHUNK * 4097))}, 409, "4097 chunks"),
@@ -211,6 +219,25 @@ class Tokenizer(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
+def test_pins_of_equal_chunks_are_counted_once_and_end_with_a_clear() -> None:
+    heart = Managing(64 * 4096)
+    heart.join(1, "engine")
+    space, chunks = heart.open_space(1, b"space".ljust(16), 1, 0, 4096), bytes(range(16 * 3))
+    heart.commit(0.0, 1, heart.reserve(0.0, 1, space, 0, b"", True, chunks).reservation, True)
+    heart.pin(0.0, "all", [space], chunks, 60.0)
+    heart.pin(0.0, "twice", [space], chunks[:16] * 2, 60.0)
+    assert (heart.pinned_bytes, heart.pinned_chunks) == (3 * 4096, 3)
+    heart.unpin("all")
+    assert (heart.pinned_bytes, heart.pinned_chunks) == (4096, 1)
+    assert heart.remove([space], chunks) == (2, 2 * 4096, {"pinned": 1})
+    heart.unpin("twice")
+    assert (heart.pinned_bytes, heart.pinned_chunks) == (0, 0)
+    heart.pin(0.0, "again", [space], chunks, 60.0)
+    heart.pin(0.0, "and again", [space], chunks, 60.0)
+    heart.clear()
+    assert (heart.pinned_bytes, heart.pinned_chunks, heart.pins, heart.used_bytes()) == (0, 0, [], 0)
+
+
 @pytest.fixture
 def tokenizer() -> Iterator[Tokenizer]:
     one = Tokenizer()
@@ -232,7 +259,8 @@ def test_text_is_tokenized_by_the_configured_engine_only(
     assert tokenizer.asked == [("/tokenize", {"prompt": text})] * 2
     tokenizer.shutdown()
     tokenizer.server_close()
-    assert url in ask(cache, "POST", "/cache/lookup", {"text": text}, status=502)["reason"]
+    said = ask(cache, "POST", "/cache/lookup", {"text": text}, status=502)["reason"]
+    assert f"--tokenizer-url {url}: no engine answers" in said and "lmcache server" not in said
 
 
 def test_a_stranger_needs_the_token(server: StartServer, engine: StartEngine, tmp_path: Path) -> None:
@@ -243,8 +271,10 @@ def test_a_stranger_needs_the_token(server: StartServer, engine: StartEngine, tm
     engine(cache).store(prompt(1))
     web_page, proxied = {"Origin": "http://evil.example"}, {"X-Forwarded-For": "10.0.0.1"}
     changing = (("POST", "/cache/pins"), ("DELETE", "/cache/pins"), ("DELETE", "/cache/objects"), ("POST", "/cache/delete"),
-                ("POST", "/cache/prefetches"), ("DELETE", "/cache/pins/x"), ("DELETE", "/cache/prefetches/x"))  # fmt: skip
-    reading = ("POST", "/cache/lookup"), ("GET", "/cache/pins"), ("GET", "/cache/objects"), ("GET", "/cache/models")
+                ("POST", "/cache/prefetches"), ("DELETE", "/cache/pins/x"), ("DELETE", "/cache/prefetches/x"),
+                ("POST", "/cache/lookup"), ("POST", "/lookup"), ("POST", "/health"), ("POST", "/query_instance"),
+                ("POST", "/pin"), ("POST", "/clear"), ("POST", "/move"), ("GET", "/instances"))  # fmt: skip
+    reading = ("GET", "/cache/pins"), ("GET", "/cache/objects"), ("GET", "/cache/models")
     for method, path in (*changing, *reading):
         for headers in (
             proxied,
@@ -302,7 +332,13 @@ def test_a_prefetch_brings_a_prompt_from_a_tier_to_l1_and_pins_it(
 def test_a_prefetch_that_hangs_is_cancelled_and_bounded_in_number(
     server: StartServer, engine: StartEngine, hanging: Path
 ) -> None:
-    cache = server(l1=4, chunk=CHUNK, flags=("--l2", f"hanging://{hanging}?calls=load", "--l2-patience-seconds", "600"))
+    patient = (
+        "--l2-patience-seconds",
+        "600",
+        "--lease-seconds",
+        "600",
+    )  # else a load of a slow machine has failed by then
+    cache = server(l1=4, chunk=CHUNK, flags=("--l2", f"hanging://{hanging}?calls=load", *patient))
     engine(cache).store(prompt(1))
     begun = [ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(seed)}, status=202) for seed in range(2, 10)]
     cache.line_with("load hangs")
@@ -313,6 +349,31 @@ def test_a_prefetch_that_hangs_is_cancelled_and_bounded_in_number(
     assert cache.counters()["prefetches_running"] == 0 and cache.counters()["fetches_open"] == 0
     os.close(os.open(hanging, os.O_WRONLY))
     assert in_l1(cache, tokens=prompt(1), tiers=False) == 160
+
+
+def test_lookups_of_operators_do_not_judge_a_tier(
+    server: StartServer, engine: StartEngine, hanging: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    tier = "--l2", f"hanging://{hanging}?calls=contains"
+    cache = server(l1=4, chunk=CHUNK, flags=(*tier, "--api-token-file", str(secret)))
+    engine(cache)
+    with ThreadPoolExecutor(6) as threads:
+        asked = [threads.submit(ask, cache, "POST", "/cache/lookup", {"tokens": prompt(one)}) for one in range(6)]
+        for one in asked:
+            (found,) = one.result()["models"]
+            assert (found["l1_tokens"], found["unanswered_tiers"]) == (0, ["hanging"]), found
+
+    def running() -> Any:
+        pause = call(cache, "POST", "/tiers/hanging/pause", headers={"Authorization": "Bearer secret"})
+        return pause.json()["under_way"]
+
+    eventually(lambda: running() == {"contains": 2})  # the others are cancelled
+    counted = cache.status()["tiers"][0]["counters"]
+    assert not any(name.startswith(("failed", "opened")) for name in counted), counted
+    os.close(os.open(hanging, os.O_WRONLY))
 
 
 def test_the_command_line_does_the_same(
@@ -353,3 +414,23 @@ def test_the_command_line_does_the_same(
     assert "cannot be read" in verb("pin", "--tokens", "@/nowhere", code=2)
     assert "--tokenizer-url" in verb("pin", "--text", "hello", code=1)
     assert "is for `lmcache kvcache clear`" in verb("pins", "--tiers", "all", code=2)
+
+
+def test_a_model_is_known_again_when_one_of_its_groups_begins_anew(tmp_path: Path) -> None:
+    """The KV of one group has been evicted after the engine's end, that of another has not; then the engine comes back."""
+    l1 = L1(Arena(tmp_path, 64 * 4096))
+    models, layout = Models(l1), Layout("model", "bfloat16", 2, 2, 8, 16)
+    first, groups = -1, list[int]()
+    for process in (1, 2):
+        l1.join(process, f"engine {process}")
+        first = l1.open_space(process, b"main".ljust(16), 1, 0, 4096)
+        groups.append(l1.open_space(process, b"group".ljust(16), 1, 0, 4096, reach_chunks=1))
+        models.registered(m.Register(layout, 1, -1, 0), first)
+        models.registered(m.Register(layout, 1, -1, 0, main=first), groups[-1])
+        assert [one.spaces for one in models.known()] == [(first, groups[-1])]
+        if process == 1:
+            grant = l1.reserve(0.0, process, first, 0, b"", True, bytes(range(16)))
+            l1.commit(0.0, process, grant.reservation, True)
+            l1.leave(process)
+            l1.tick(1.0)
+    assert groups[0] != groups[1]

@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -23,7 +23,7 @@ from lmcache.cache import Refusal
 from lmcache.config.hosts import addresses
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError, LMCacheError, ServerRefused, ServerUnavailable
-from lmcache.observability.log import init_logger
+from lmcache.observability.log import init_logger, printable, redacted
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.server.named import MOST_TOKENS, Unknown
 from lmcache.server.operating import Looked, Operating, ToDelete, ToPin, ToPrefetch
@@ -37,6 +37,8 @@ _ASK_SECONDS, _ROUND_SECONDS, _MOVE_SECONDS = 3.0, 5.0, 600.0
 """Timeouts of one server's answer, of a round trip to all, and of a move."""
 _POLL_SECONDS = 0.2
 _THREADS = 32
+_MOST_SAID = 500
+"""Characters of what another server says that are kept and passed on."""
 NO_COMPRESSION = (
     "KV is encoded where it is stored, not on request: a tier's URL says `codec=auto` or `codec=pack12` (docs/codecs.md), and L1 "
     "holds KV as engines use it, so there is nothing to compress or decompress"
@@ -88,17 +90,16 @@ class Here:
 
     def __init__(
         self,
-        instance: str,
         operating: Operating,
         clear: Callable[[str], dict[str, object]],
         health: Callable[[], tuple[bool, str]],
     ) -> None:
-        self._instance, self._operating, self._clear, self._health = instance, operating, clear, health
+        self._operating, self._clear, self._health = operating, clear, health
 
     def call(self, verb: str, content: Mapping[str, Any]) -> dict[str, Any]:
         own = self._operating
         doing: dict[str, Callable[[], dict[str, Any]]] = {
-            "instance": lambda: {"instance_id": self._instance},
+            "instance": lambda: own.who,
             "lookup": lambda: own.lookup(msgspec.convert(content, Looked)),
             "pin": lambda: own.pin(msgspec.convert(content, ToPin)),
             "delete": lambda: own.delete(msgspec.convert(content, ToDelete)),
@@ -131,14 +132,16 @@ class There:
     def call(self, verb: str, content: Mapping[str, Any]) -> dict[str, Any]:
         method, path = self._ROUTES[verb]
         tiers = content.get("tiers") if verb == "clear" else ""
-        path = path.format(id=content.get("id", "")) + (f"?tiers={tiers}" if tiers else "")
+        path = path.format(id=quote(str(content.get("id", ""))[:200], safe="")) + (
+            f"?tiers={quote(tiers)}" if tiers else ""
+        )
         body = content if method == "POST" and verb != "clear" else None
         status, told = ask(self.url, path, method, self._token(), _ASK_SECONDS, body)
         if verb == "health":
             return {"healthy": status == 200}
         if status in (200, 202):
             return told
-        reason = f"{self.url}: {told.get('reason', f'HTTP {status}')}"
+        reason = f"{redacted(self.url)}: {printable(str(told.get('reason', f'HTTP {status}')), _MOST_SAID)}"
         raise {404: Unknown, 400: ConfigError, 409: Refusal}.get(status, ServerRefused)(reason)
 
 
@@ -193,6 +196,7 @@ class Controller:
         if list(self._moves.values()).count("moving") >= MOST_MOVES:
             raise Refusal(f"{MOST_MOVES} moves run already: wait for one of them (POST /check_finish)")
         begun, event = new.call("prefetch", prompt), _event("move")
+        prompt["model"] = str(begun.get("model", ""))[:_MOST_SAID]  # only what moves is removed from the old place
         self._moves[event] = "moving"
         while len(self._moves) > _KEPT_MOVES:
             self._moves.popitem(last=False)
@@ -259,13 +263,23 @@ class Controller:
 
         Raises:
             Unknown: none that answers has the name.
+            ConfigError: several have it.
         """
         if not instance and len(self._members) == 1:
             return self._members[0]
         found, silent = self._all("instance", {})
-        for member, told in found.items():
-            if told.get("instance_id") == instance:
-                return member
+        # The same server may be there twice, since all servers may be told the same list.
+        named = {
+            str(told.get("server_id", member.host)): member
+            for member, told in reversed(found.items())
+            if told.get("instance_id") == instance
+        }
+        if len(named) > 1:
+            raise ConfigError(
+                f'"instance_id" {instance[:200]!r}: {len(named)} servers are called so: give each an --instance-id of its own'
+            )
+        if named:
+            return next(iter(named.values()))
         known = ", ".join(str(told.get("instance_id")) for told in found.values()) or "none"
         lost = f"; no answer from {', '.join(silent)}" if silent else ""
         raise Unknown(f'"instance_id" {instance[:200]!r}: no such server; known: {known}{lost}')

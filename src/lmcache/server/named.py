@@ -16,7 +16,8 @@ import msgspec
 from lmcache.cache import L1
 from lmcache.cache.managing import MOST_NAMED
 from lmcache.chunks import HASH_BYTES, TokenChain, chunk_root
-from lmcache.errors import ConfigError, LMCacheError
+from lmcache.errors import ConfigError, LMCacheError, ServerRefused, ServerUnavailable
+from lmcache.observability.log import redacted
 from lmcache.wire import messages as m
 from lmcache.wire.http_client import ask
 
@@ -62,7 +63,7 @@ class Models:
         if request.main < 0:
             known = self._models.get(space)
             layout = request.layout
-            rest = known.spaces[1:] if known is not None else ()
+            rest = [one for one in known.spaces[1:] if self._l1.space(one) is not None] if known is not None else []
             self._models[space] = Model(
                 layout.model_id, layout.fingerprint, (space, *rest), layout.kv_dtype, request.shards
             )
@@ -138,6 +139,10 @@ def named(prompt: Prompt, models: Sequence[Model], chunk_tokens: int, tokenizer:
         text = "".join(prompt.hashes)
         if not _HASHES.fullmatch(text) or any(len(one) != 2 * HASH_BYTES for one in prompt.hashes) or not text:
             raise ConfigError('"hashes": each has 32 hexadecimal digits, and there is at least one')
+        if len({one.lower() for one in prompt.hashes}) < len(prompt.hashes):
+            raise ConfigError(
+                '"hashes": one is there twice: name the chunks of a prompt once each, from its beginning on'
+            )
         return [Named(one, bytes.fromhex(text), 0) for one in chosen]
     tokens = prompt.tokens if prompt.tokens is not None else _tokenized(prompt.text or "", tokenizer)
     found = [Named(one, _hashes_of(prompt, one, tokens, chunk_tokens), len(tokens)) for one in chosen]
@@ -159,12 +164,20 @@ def _tokenized(text: str, tokenizer: str) -> list[int]:
         raise ConfigError(
             '"text" needs an engine that tokenizes it: start the server with --tokenizer-url http://ENGINE:8000, or send "tokens"'
         )
-    status, answer = ask(tokenizer, "/tokenize", "POST", seconds=_TOKENIZE_SECONDS, content={"prompt": text})
+    try:
+        status, answer = ask(tokenizer, "/tokenize", "POST", seconds=_TOKENIZE_SECONDS, content={"prompt": text})
+    except ServerUnavailable:
+        raise ServerUnavailable(
+            f'--tokenizer-url {redacted(tokenizer)}: no engine answers there within {_TOKENIZE_SECONDS:g} s: send "tokens"'
+        ) from None
+    except ServerRefused:
+        status, answer = 0, {}
     tokens = answer.get("tokens")
     whole = isinstance(tokens, list) and all(type(one) is int and 0 <= one <= 0xFFFFFFFF for one in tokens)
     if status != 200 or not isinstance(tokens, list) or not whole:
         raise ConfigError(
-            f'--tokenizer-url {tokenizer}: POST /tokenize answered {status} without token ids: send "tokens"'
+            f"--tokenizer-url {redacted(tokenizer)}: POST /tokenize answered{f' {status}' if status else ''} without token ids: "
+            'send "tokens"'
         )
     if len(tokens) > MOST_TOKENS:
         raise ConfigError(f"the text has {len(tokens)} tokens; at most {MOST_TOKENS} can be named")

@@ -6,6 +6,7 @@ Any thread may call them, except the loop's. Each resolves the prompt in the cal
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -14,7 +15,8 @@ from typing import Annotated
 
 import msgspec
 
-from lmcache.cache.managing import Pin
+from lmcache.cache.allocator import Space
+from lmcache.cache.managing import Listed, Pin
 from lmcache.chunks import HASH_BYTES, split_hashes
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
@@ -31,6 +33,8 @@ logger = init_logger(__name__)
 MOST_PIN_SECONDS = 7 * 86400.0
 LISTED = 1000
 """How many records of L1 one page of a list looks at, at most."""
+_AT_ONCE = 64
+"""How many chunks one call in the loop's thread removes or describes, so that engines wait for some 100 us and not for all."""
 _TIER_SECONDS = 1.0
 """How long a lookup waits for tiers; what has not answered by then is left out, and named."""
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=MOST_PIN_SECONDS)]
@@ -99,35 +103,40 @@ class Operating:
 
     def _in_tiers(self, one: Named, found: int) -> tuple[dict[str, int], list[str]]:
         """Return how many chunks each tier has that follow the first `found` ones, and the tiers that did not answer in time."""
-        answers: dict[str, Future[int]] = {}
+        space = self._loop.ask(partial(self._service.l1.space, one.model.spaces[0]))
+        if space is None or not all(space.shard_bytes):
+            return {}, []
+        missing = one.hashes[found * HASH_BYTES : (found + most_asked(space)) * HASH_BYTES]
+        keys, answers = shard_keys(space, missing), dict[str, Future[list[bool]]]()
 
         def ask() -> None:
-            space, tiering = self._service.l1.space(one.model.spaces[0]), self._service.tiering
-            if space is None or tiering is None or not all(space.shard_bytes):
-                return
-            missing = one.hashes[found * HASH_BYTES : (found + most_asked(space)) * HASH_BYTES]
-            for runner in tiering.runners:
-                answers[runner.name] = answer = Future[int]()
-                if missing and runner.usable(self._loop.now()):
-                    _ask_tier(runner, shard_keys(space, missing), space.shards, answer)
-                elif not missing:
-                    answer.set_result(0)
+            for runner in self._service.tiering.runners if self._service.tiering is not None else ():
+                answers[runner.name] = answer = Future[list[bool]]()
+                if not keys:
+                    answer.set_result([])
+                elif runner.usable(self._loop.now()):
+                    _ask_tier(runner, keys, answer)
+                else:
+                    answer.set_exception(_Failed())
 
         self._loop.ask(ask)
         end, has, silent = self._loop.now() + _TIER_SECONDS, dict[str, int](), list[str]()
         for name, answer in answers.items():
             try:
-                has[name] = answer.result(max(0.0, end - self._loop.now()))
+                whole = complete_chunks(answer.result(max(0.0, end - self._loop.now())), space.shards)
+                has[name] = next((at for at, one in enumerate(whole) if not one), len(whole))
             except (FutureTimeout, _Failed):
                 silent.append(name)
         return has, silent
 
+    @property
+    def who(self) -> dict[str, object]:
+        """What the server is called, and the id that no other one has."""
+        return {"instance_id": self._instance, "server_id": self._service.sessions.server_id.hex()}
+
     def models(self) -> dict[str, object]:
         """Return the models that callers can name."""
-        return {
-            "instance_id": self._instance,
-            "models": [one.described() for one in self._loop.ask(self._service.models.known)],
-        }
+        return self.who | {"models": [one.described() for one in self._loop.ask(self._service.models.known)]}
 
     def objects(self, model: str = "", space: int = -1, after: int = 0, limit: int = 100) -> dict[str, object]:
         """Return some chunks of L1, of all models or of one, and `next`: the `space` and `after` of the next page, or null.
@@ -136,37 +145,39 @@ class Operating:
             Unknown: no such model or space.
         """
 
-        def page() -> dict[str, object]:
+        def where() -> tuple[list[int], str]:
             l1 = self._service.l1
             numbers = [one.number for one in l1.spaces if one.number >= space]
             if model:
                 numbers = [one for one in numbers if self._service.model_of(one) == model]
             if (model and not numbers and space < 0) or (space >= 0 and l1.space(space) is None):
                 raise Unknown(f"{model[:200] or space}: L1 has nothing of this {'model' if model else 'space'}")
-            if not numbers:
-                return {"objects": [], "next": None}
-            number, first = numbers[0], (after + 1 if numbers[0] == space else 1)
-            found, rest = l1.listed(number, first, limit)
-            name = self._service.model_of(number)
-            rows = [
-                {
-                    "hash": one.key.hex(),
-                    "parent": one.parent.hex() if any(one.parent) else None,
-                    "model": name,
-                    "space": number,
-                    "bytes": one.size_bytes,
-                    "complete": one.complete,
-                    "readers": one.readers,
-                    "pinned": one.pinned,
-                }
-                for one in found
-            ]
-            following = {"space": number, "after": rest - 1} if rest else None
-            if following is None and len(numbers) > 1:
-                following = {"space": numbers[1], "after": 0}
-            return {"objects": rows, "next": following}
+            return numbers, self._service.model_of(numbers[0]) if numbers else ""
 
-        return self._loop.ask(page)
+        numbers, name = self._loop.ask(where)
+        if not numbers:
+            return {"objects": [], "next": None}
+        number, rest, found = numbers[0], (after + 1 if numbers[0] == space else 1), list[Listed]()
+        while limit > 0 and rest:
+            some, rest = self._loop.ask(partial(self._service.l1.listed, number, rest, min(limit, _AT_ONCE)))
+            found, limit = found + some, limit - _AT_ONCE
+        rows = [
+            {
+                "hash": one.key.hex(),
+                "parent": one.parent.hex() if any(one.parent) else None,
+                "model": name,
+                "space": number,
+                "bytes": one.size_bytes,
+                "complete": one.complete,
+                "readers": one.readers,
+                "pinned": one.pinned,
+            }
+            for one in found
+        ]
+        following = {"space": number, "after": rest - 1} if rest else None
+        if following is None and len(numbers) > 1:
+            following = {"space": numbers[1], "after": 0}
+        return {"objects": rows, "next": following}
 
     # Pins
 
@@ -229,13 +240,9 @@ class Operating:
         Raises:
             Unknown: there is none.
         """
-        found = self._named(prompt)
-
-        def end() -> list[str]:
-            l1, keys = self._service.l1, {key for one in found for key in split_hashes(one.hashes)}
-            return [pin.name for pin in l1.pins if pin.last in keys and l1.unpin(pin.name) is not None]
-
-        ended = self._loop.ask(end)
+        keys, l1 = {key for one in self._named(prompt) for key in split_hashes(one.hashes)}, self._service.l1
+        within = [pin.name for pin in self._loop.ask(lambda: l1.pins) if pin.last in keys]
+        ended = [name for name in within if self._loop.ask(partial(l1.unpin, name)) is not None]
         if not ended:
             raise Unknown("nothing of this prompt is pinned")
         return {"unpinned": ended}
@@ -250,15 +257,18 @@ class Operating:
             ConfigError: no such tier, or one that cannot be written to.
         """
         found, chosen = self._named(prompt), self._tiers(prompt.tiers)
-        removed, size, kept = 0, 0, dict[str, int]()
+        removed, size, kept = 0, 0, Counter[str]()
         for one in found:
-            done = self._loop.ask(partial(self._service.l1.remove, one.model.spaces, one.hashes))
-            removed, size = removed + done.chunks, size + done.size_bytes
-            kept = {name: kept.get(name, 0) + done.kept.get(name, 0) for name in {**kept, **done.kept}}
+            step = _AT_ONCE * HASH_BYTES
+            for at in reversed(range(0, len(one.hashes), step)):  # from the prompt's end on, as `remove` does
+                part = one.hashes[at : at + step]
+                done = self._loop.ask(partial(self._service.l1.remove, one.model.spaces, part))
+                removed, size = removed + done.chunks, size + done.size_bytes
+                kept.update(done.kept)
             if chosen:
-                self._loop.ask(partial(self._remove_from, chosen, one))
+                self._remove_from(chosen, one)
         logger.info("Deleted %d chunks of L1 by name", removed)
-        told: dict[str, object] = {"deleted_chunks": removed, "deleted_bytes": size, "kept_chunks": kept}
+        told: dict[str, object] = {"deleted_chunks": removed, "deleted_bytes": size, "kept_chunks": dict(kept)}
         return told | ({"tiers": [one.name for one in chosen]} if chosen else {})
 
     def _tiers(self, text: str) -> list[TierRunner]:
@@ -273,15 +283,18 @@ class Operating:
 
     def _remove_from(self, runners: Sequence[TierRunner], one: Named) -> None:
         """Let these tiers remove those chunks that L1 does not have: what other prompts share stays, as far as L1 knows."""
-        for number in one.model.spaces:
-            space = self._service.l1.space(number)
-            for each in (space, *space.sisters) if space is not None else ():
-                gone = b"".join(key for key in split_hashes(one.hashes) if each.table.get(key) < 0)
-                step = most_asked(each) * HASH_BYTES
-                for at in range(0, len(gone), step):
-                    keys = shard_keys(each, gone[at : at + step])
-                    for runner in runners:
-                        runner.remove(keys)
+        l1, keys = self._service.l1, split_hashes(one.hashes)
+
+        def family(number: int) -> tuple[Space, ...]:
+            space = l1.space(number)
+            return (space, *space.sisters) if space is not None else ()
+
+        for space in (each for number in one.model.spaces for each in self._loop.ask(partial(family, number))):
+            gone = self._loop.ask(partial(_lacking, space, keys))
+            for at in range(0, len(gone), most_asked(space)):
+                named = shard_keys(space, b"".join(gone[at : at + most_asked(space)]))
+                for runner in runners:
+                    self._loop.ask(partial(runner.remove, named))
 
     # Prefetching
 
@@ -323,20 +336,22 @@ class Operating:
         return self._loop.ask(partial(self._prefetches.cancel, name))
 
 
+def _lacking(space: Space, keys: Sequence[bytes]) -> list[bytes]:
+    """Return those of these chunks that the space does not have."""
+    return [key for key in keys if space.table.get(key) < 0]
+
+
 class _Failed(Exception):
     """A tier did not answer."""
 
 
-def _ask_tier(runner: TierRunner, keys: list[ShardKey], shards: int, answer: Future[int]) -> None:
-    """Ask a tier how many of the leading chunks it has."""
+def _ask_tier(runner: TierRunner, keys: list[ShardKey], answer: Future[list[bool]]) -> None:
+    """Ask a tier which of these shards it has. An answer that comes too late says nothing about how the tier serves engines."""
 
     def done(present: list[bool] | None, error: Exception | None, seconds: float) -> None:
-        if answer.done():
-            return
         if present is None:
             answer.set_exception(_Failed())
         else:
-            whole = complete_chunks(present, shards)
-            answer.set_result(next((at for at, one in enumerate(whole) if not one), len(whole)))
+            answer.set_result(present)
 
-    runner.contains(keys, _TIER_SECONDS, done)
+    runner.contains(keys, _TIER_SECONDS, done, judged=False)

@@ -39,7 +39,7 @@ class Report:
     def __init__(self, config: ServerConfig, loop: Loop, service: Service, attaching: Attaching | None = None) -> None:
         self._config, self._loop, self._service, self._attaching = config, loop, service, attaching
         self.operating = Operating(config, loop, service, instance_name(config))
-        here = Here(instance_name(config), self.operating, self.clear, self.health)
+        here = Here(self.operating, self.clear, self.health)
         others = [There(url, lambda: self._config.api_token) for url in config.control_peers]
         self.controller = Controller([here, *others], loop.runtime)
         self._history = History(loop.now, loop.runtime.wall, self._counters)

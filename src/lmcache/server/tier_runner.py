@@ -158,9 +158,9 @@ class TierRunner:
             self._note(error)
         return self._usage
 
-    def contains(self, keys: Sequence[ShardKey], seconds: float, done: Done) -> None:
-        """Ask which shards the tier has. The operation is cancelled after `seconds`."""
-        self._submit(partial(Contains, keys=keys), done, seconds, keys)
+    def contains(self, keys: Sequence[ShardKey], seconds: float, done: Done, judged: bool = True) -> None:
+        """Ask which shards the tier has. The operation is cancelled after `seconds`, which counts as a failure if `judged`."""
+        self._submit(partial(Contains, keys=keys), done, seconds, keys, judged=judged)
 
     def load(
         self, keys: Sequence[ShardKey], into: Sequence[memoryview], seconds: float, late: Callable[[], None], done: Done
