@@ -378,6 +378,18 @@ def test_an_engine_that_was_faster_than_it_said_is_expected_to_be_so_again(engin
     assert not engines.l1.promises._haste, "what is known of an engine ends with it"
 
 
+def test_what_is_known_of_an_engine_goes_with_its_name(engines: Engines) -> None:
+    promises = engines.l1.promises
+    for number in range(5):
+        prompt = chain(4, number)
+        engines.ask(1, prompt, f"request {number}", engine=f"name {number}")
+        engines.later(PACE)
+        engines.store(1, prompt)
+    assert promises._haste.keys() == {"name 4"}
+    engines.l1.leave(1)
+    assert not promises._haste
+
+
 def test_no_estimate_makes_a_wait_longer_than_computing(engines: Engines) -> None:
     """A pause of an engine that was fast so far is waited for until computing would be over, and no longer."""
     prompt, left = chain(19), 3 * PACE

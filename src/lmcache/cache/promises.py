@@ -157,7 +157,9 @@ class Promises:
         """Promise these chunks, in place of what the request has promised before. places: how many chunks are computed before
         each of them."""
         self.end(instance, asker.request)
-        self._engine_of[instance] = asker.engine
+        if self._engine_of.get(instance) != asker.engine:
+            self._forget_engine_of(instance)
+            self._engine_of[instance] = asker.engine
         if asker.engine in self._distrusted:
             return
         promise = Promise(instance, asker, now, chunk_seconds, {}, now, self._haste.get(asker.engine, 1.0))
@@ -184,9 +186,7 @@ class Promises:
     def leave(self, instance: str) -> None:
         """End all promises of an engine instance."""
         self.has_stored(instance)
-        engine = self._engine_of.pop(instance, None)
-        if engine not in self._engine_of.values():
-            self._haste.pop(engine or "", None)
+        self._forget_engine_of(instance)
         for one in [one for one in self._by_request if one[0] == instance]:
             self.end(*one)
 
@@ -255,6 +255,11 @@ class Promises:
     def __len__(self) -> int:
         """Return the number of requests with a promise."""
         return len(self._by_request)
+
+    def _forget_engine_of(self, instance: str) -> None:
+        engine = self._engine_of.pop(instance, None)
+        if engine not in self._engine_of.values():
+            self._haste.pop(engine or "", None)
 
     def _forget(self, key: Key) -> None:
         promise = self.by_chunk.pop(key, None)
