@@ -89,6 +89,10 @@ def test_pins_hold_at_most_their_share_and_say_so(server: StartServer, engine: S
     for said in ("20 chunks", "--pinned-share", "unpin", f"{first['bytes'] / 2**20:,.1f} MiB are pinned"):
         assert said in refused["reason"], refused
     assert len(ask(cache, "GET", "/cache/pins")["pins"]) == 2, "nothing is pinned by a refusal"
+    partly = ask(cache, "POST", "/cache/pins", {"tokens": [*prompt(1), *prompt(3)]})
+    assert partly["pinned_tokens"] == 160
+    ended = ask(cache, "DELETE", "/cache/pins", {"tokens": [*prompt(1), *prompt(3)]})["unpinned"]
+    assert ended == [partly["id"]], "the pins of its beginning stay"
     ended = ask(cache, "DELETE", "/cache/pins", {"tokens": prompt(1)})["unpinned"]
     assert sorted(ended) == sorted([first["id"], again["id"]])
     assert ask(cache, "POST", "/cache/pins", {"tokens": prompt(3)}, status=404)["reason"].startswith("L1 has nothing")

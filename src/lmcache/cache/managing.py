@@ -43,6 +43,8 @@ class Pin:
     until: float
     last: bytes
     """The hash of the last chunk."""
+    named: bytes
+    """The hash of the last chunk that was named, which L1 need not have."""
 
 
 class Listed(NamedTuple):
@@ -127,6 +129,7 @@ class Managing(Heart):
             size,
             now + seconds,
             hashes[(chunks - 1) * HASH_BYTES : chunks * HASH_BYTES],
+            hashes[-HASH_BYTES:],
         )
         if not chunks:
             return pin

@@ -93,7 +93,7 @@ class OperatingRoutes:
         return await self._call(lambda: self._operating().unpin(name))
 
     async def unpin_prompt(self, request: Request) -> Response:
-        """End the pins of a prompt, named as for `POST /cache/lookup`."""
+        """End the pins of a prompt, named as it was pinned. Pins of its beginnings, such as a system prompt, stay."""
         return await self._prompt(request, Prompt, lambda one: self._operating().unpin_prompt(one))
 
     async def delete(self, request: Request) -> Response:

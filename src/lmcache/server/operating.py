@@ -235,14 +235,14 @@ class Operating:
         return {"unpinned": [name]}
 
     def unpin_prompt(self, prompt: Prompt) -> dict[str, object]:
-        """End all pins that end within this prompt.
+        """End all pins of this prompt, of whatever part of it they hold. Those of its beginnings stay: others may share these.
 
         Raises:
             Unknown: there is none.
         """
-        keys, l1 = {key for one in self._named(prompt) for key in split_hashes(one.hashes)}, self._service.l1
-        within = [pin.name for pin in self._loop.ask(lambda: l1.pins) if pin.last in keys]
-        ended = [name for name in within if self._loop.ask(partial(l1.unpin, name)) is not None]
+        ends, l1 = {one.hashes[-HASH_BYTES:] for one in self._named(prompt)}, self._service.l1
+        of_it = [pin.name for pin in self._loop.ask(lambda: l1.pins) if pin.named in ends]
+        ended = [name for name in of_it if self._loop.ask(partial(l1.unpin, name)) is not None]
         if not ended:
             raise Unknown("nothing of this prompt is pinned")
         return {"unpinned": ended}
