@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,14 @@ def test_the_process_in_front_of_servers_needs_their_token_and_its_own(
         assert shim.end() == 0
 
 
-def test_what_other_servers_say_is_cut_and_two_of_one_name_are_told_apart() -> None:
+@pytest.fixture
+def fellows() -> Iterator[tuple[list[int], list[str]]]:
+    """Two servers of one name that know no prompt, and have much to say: their ports, and the tokens that they were sent."""
+    tokens: list[str] = []
+
     class Fellow(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            tokens.append(self.headers["Authorization"])
             if self.path == "/cache/models":
                 return self._answer(200, {"instance_id": "twin", "server_id": str(self.server.server_port)})  # type: ignore[attr-defined]
             self._answer(404, {"reason": "line\n" * 1000})
@@ -170,21 +176,44 @@ def test_what_other_servers_say_is_cut_and_two_of_one_name_are_told_apart() -> N
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    fellows = [ThreadingHTTPServer(("127.0.0.1", 0), Fellow) for _ in range(2)]
-    for one in fellows:
+    both = [ThreadingHTTPServer(("127.0.0.1", 0), Fellow) for _ in range(2)]
+    for one in both:
         threading.Thread(target=one.serve_forever, daemon=True).start()
-    members = [There(f"http://user:secret@127.0.0.1:{one.server_port}", lambda: "") for one in fellows]
-    try:
-        with pytest.raises(Unknown) as said:
-            Controller(members[:1]).pin(Asked(tokens=[1]))
-        assert "user:***@" in str(said.value) and "secret" not in str(said.value)
-        assert len(str(said.value)) < 600 and str(said.value).isprintable()
-        with pytest.raises(ConfigError, match="'twin': 2 servers are called so: give each an --instance-id"):
-            Controller(members).pin(Asked(tokens=[1], instance_id="twin"))
-    finally:
-        for one in fellows:
-            one.shutdown()
-            one.server_close()
+    yield [one.server_port for one in both], tokens
+    for one in both:
+        one.shutdown()
+        one.server_close()
+
+
+def test_what_other_servers_say_is_cut_and_two_of_one_name_are_told_apart(fellows: tuple[list[int], list[str]]) -> None:
+    members = [There(f"http://user:secret@127.0.0.1:{port}", lambda: "") for port in fellows[0]]
+    with pytest.raises(Unknown) as said:
+        Controller(members[:1]).pin(Asked(tokens=[1]))
+    assert "user:***@" in str(said.value) and "secret" not in str(said.value)
+    assert len(str(said.value)) < 600 and str(said.value).isprintable()
+    with pytest.raises(ConfigError, match="'twin': 2 servers are called so: give each an --instance-id"):
+        Controller(members).pin(Asked(tokens=[1], instance_id="twin"))
+
+
+def test_a_new_token_is_the_one_that_others_are_sent(
+    server: StartServer, fellows: tuple[list[int], list[str]], tmp_path: Path
+) -> None:
+    ports, tokens = fellows
+    secret = tmp_path / "token"
+    secret.write_text("the-first-token-of-all")
+    secret.chmod(0o600)
+    cache = server(l1=4, flags=("--api-token-file", str(secret), "--control-peers", f"http://127.0.0.1:{ports[0]}"))
+
+    def sent() -> str:
+        told = httpx.get(f"http://127.0.0.1:{cache.http_port}/instances", timeout=PATIENCE, trust_env=False).json()
+        assert len(told["instances"]) == 2, told
+        return tokens[-1]
+
+    assert sent() == "Bearer the-first-token-of-all"
+    secret.write_text("the-second-token-of-all")
+    cache.signal(signal.SIGHUP)
+    cache.line_with("in effect now: api-token")
+    assert sent() == "Bearer the-second-token-of-all"
 
 
 def test_the_router_of_the_production_stack_finds_its_names(

@@ -40,10 +40,15 @@ class Report:
         self._config, self._loop, self._service, self._attaching = config, loop, service, attaching
         self.operating = Operating(config, loop, service, instance_name(config))
         here = Here(self.operating, self.clear, self.health)
-        others = [There(url, lambda: self._config.api_token) for url in config.control_peers]
+        self._token = config.api_token
+        others = [There(url, lambda: self._token) for url in config.control_peers]
         self.controller = Controller([here, *others], loop.runtime)
         self._history = History(loop.now, loop.runtime.wall, self._counters)
         loop.on_tick.append(self._history.tick)
+
+    def use_token(self, token: str) -> None:
+        """Send this token to other servers from now on."""
+        self._token = token
 
     def health(self) -> tuple[bool, str]:
         """Return (True, "") if the loop's thread answers, which runs L1 and the engine endpoints, and the arena file exists."""
