@@ -194,6 +194,7 @@ def test_what_is_wrong_is_named(server: StartServer, engine: StartEngine) -> Non
     assert "no tier" in ask(cache, "POST", "/cache/prefetches", {"tokens": [1]}, status=400)["reason"]
     assert "no such prefetch" in ask(cache, "GET", "/cache/prefetches/x", status=404)["reason"]
     assert "limit=" in ask(cache, "GET", "/cache/objects?limit=0", status=400)["reason"]
+    assert "must be a number" in ask(cache, "GET", f"/cache/objects?after={'9' * 5000}", status=400)["reason"]
     assert call(cache, "POST", "/cache/lookup", {"text": "a" * (3 << 20)}).status_code == 413
     assert cache.counters()["loop_errors_total"] == 0
 
@@ -415,6 +416,7 @@ def test_the_command_line_does_the_same(
     assert "absent" in verb("prefetch", "--tokens", "1,2,3", "--wait", str(PATIENCE), code=1)
     assert "one of --tokens, --text and --hashes" in verb("pin", code=2)
     assert "must be numbers" in verb("pin", "--tokens", "1,x", code=2)
+    assert "--limit inf: must be a number" in verb("list", "--limit", "inf", code=2)
     assert "cannot be read" in verb("pin", "--tokens", "@/nowhere", code=2)
     assert "--tokenizer-url" in verb("pin", "--text", "hello", code=1)
     assert "is for `lmcache kvcache clear`" in verb("pins", "--tiers", "all", code=2)

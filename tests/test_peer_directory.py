@@ -14,6 +14,7 @@ import pytest
 from lmcache.config.options import peers_or_directory
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
+from lmcache.observability.log import redacted
 from lmcache.peers import directory as module
 from lmcache.peers import roster
 from lmcache.peers.dial import Myself
@@ -227,6 +228,13 @@ def test_the_setting_and_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(spec.tier, PeersTier) and spec.tier._names == [("a", 1), ("b", 2)]
     assert "a password in the URL" in spec.warning and "inline" not in spec.warning
     assert "inline" not in str(ServerConfig(peers=("redis://:inline@store",)).redacted())
+    for url in (
+        text,
+        "peer://?directory=redis%3A%2F%2F%3Ainline%40store&keep=no",
+        "peer://?directory=redis://%3Ainline%40store",
+    ):
+        assert "inline" not in str(ServerConfig(l2=(url,)).redacted()) and "directory=***" in redacted(url)
+    assert redacted("dir:///a?note=50%25&x=b%2Fc") == "dir:///a?note=50%25&x=b%2Fc"
     for wrong in ("s3://a/b", "redis://a/0?max_gb=5", "redis://a/0?prefix=ä"):
         with pytest.raises(ConfigError):
             make_tier(ServerConfig(peers=(wrong,)).tier_urls[0])

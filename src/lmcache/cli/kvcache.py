@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -268,6 +269,9 @@ def _text_of(name: str, value: str) -> str:
 
 def _number(flag: str, text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise ConfigError(f"{flag} {text}: must be a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{flag} {text}: must be a number")
+    return number

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from lmcache.config import options
 from lmcache.config.given import Given, check_secret_file, entries, is_null, nearest
@@ -130,7 +131,7 @@ def _listed(path: Path, where: str, key: str, value_node: Any) -> str:
     texts = [str(item.value) for item in items if isinstance(getattr(item, "value", None), str)]
     if len(texts) != len(items) or any("\n" in text for text in texts):
         raise ConfigError(f"{where}: {key} must be a value or a list of values, one line each")
-    if any(redacted_url(text) != text and "${" not in text for text in texts):
+    if any(redacted_url(text) != text and "${" not in unquote(unquote(text)) for text in texts):
         check_secret_file(path, f"{where}: {key}")
     return "\n".join(texts)
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, TextIO
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     _Stream = logging.StreamHandler[TextIO]
@@ -25,6 +26,9 @@ MOST_LINES, WINDOW_SECONDS = 10, 10.0
 """So many warnings or errors of one place in the code are logged in so many seconds."""
 _PASSWORD = re.compile(r"(://[^:/?#@\s]*):[^/?#\s]*@")
 _SECRET = re.compile(r"([?&][^=&\s]*(?:key|secret|token|password)(?<!_file)=)[^&\s]+", re.IGNORECASE)
+
+_ENCODED = re.compile(r"([?&][^=&\s]*=)([^&\s]*%[^&\s]*)")
+"""An option whose value may be a URL of its own (`directory=redis%3A%2F%2F...`)."""
 
 
 def init_logger(name: str) -> logging.Logger:
@@ -57,7 +61,12 @@ def redacted(text: str) -> str:
     """Return the text with all parts of URLs that may be passwords replaced by `***`."""
     if "://" not in text and "=" not in text:
         return text
-    return _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
+    return _ENCODED.sub(_without_encoded, _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text)))
+
+
+def _without_encoded(option: re.Match[str]) -> str:
+    value = unquote(unquote(option[2]))  # the settings quote some twice
+    return option[1] + (option[2] if value == option[2] or redacted(value) == value else "***")
 
 
 class Stderr(_Stream):

@@ -195,7 +195,7 @@ def _page_asked(given: Mapping[str, str]) -> dict[str, Any]:
             asked[name] = value
         elif name not in ("space", "after", "limit"):
             raise ConfigError(f"{name[:40]}=: there is model=, limit=, space= and after=")
-        elif not (value.isascii() and value.isdecimal() and int(value) < 1 << 32):
+        elif not (value.isascii() and value.isdecimal() and len(value) < 11 and int(value) < 1 << 32):
             raise ConfigError(f"{name}={value[:40]}: must be a number")
         else:
             asked[name] = int(value)
