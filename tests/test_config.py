@@ -347,6 +347,13 @@ def test_wide_doors_need_a_key_or_a_word(tmp_path: Path) -> None:
     assert "every host" in wide.reach and "WITHOUT any authentication" in wide.reach
     assert "this host only" in ServerConfig().reach
     assert "contradict" in error_of({"host": "0.0.0.0", "insecure_no_auth": "true", "auth_key_file": key})
+    directory = {"peers": "redis://:hunter2@store:6379/0"}
+    for more in ({}, {"insecure_no_auth": "true"}):
+        assert "needs --auth-key-file" in (text := error_of({**directory, **more})) and "hunter" not in text
+    config = load({**directory, "auth_key_file": key}, {}).config
+    assert config.peers == ("redis://:hunter2@store:6379/0",) and "hunter" not in str(config.redacted())
+    path = Path(file_of(tmp_path, f"peers: {directory['peers']}\nauth-key-file: {key}\n", 0o644))
+    assert "chmod 600" in error_of({"config": str(path)})
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
