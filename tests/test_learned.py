@@ -144,6 +144,7 @@ def test_when_it_learns_changes_nothing() -> None:
     for world in (seldom, often):
         for _ in range(300):
             world.step()
+        world.table.settle()
     assert seldom.victims == often.victims and seldom.habits.saved() == often.habits.saved()
 
 
