@@ -33,6 +33,8 @@ LISTED = 1000
 """How many chunks one page of a list has, at most."""
 _LISTED_AT_ONCE = 50
 """Records that are looked at in one turn of the loop."""
+_REMOVED_FROM_TIERS_AT_ONCE = 256
+"""Chunks whose removal one turn of the loop submits to tiers."""
 _TIER_SECONDS = 1.0
 """How long a lookup waits for tiers; what has not answered by then is left out, and named."""
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=MOST_PIN_SECONDS)]
@@ -248,8 +250,9 @@ class Operating:
                 done = self._loop.ask(partial(self._service.l1.remove, one.model.spaces, one.hashes[at : at + step]))
                 removed, size = removed + done.chunks, size + done.size_bytes
                 kept = {name: kept.get(name, 0) + done.kept.get(name, 0) for name in {**kept, **done.kept}}
-            if chosen:
-                self._loop.ask(partial(self._remove_from, chosen, one))
+            step = _REMOVED_FROM_TIERS_AT_ONCE * HASH_BYTES
+            for at in range(0, len(one.hashes) if chosen else 0, step):
+                self._loop.ask(partial(self._remove_from, chosen, one._replace(hashes=one.hashes[at : at + step])))
         logger.info("Deleted %d chunks of L1 by name", removed)
         told: dict[str, object] = {"deleted_chunks": removed, "deleted_bytes": size, "kept_chunks": kept}
         return told | ({"tiers": [one.name for one in chosen]} if chosen else {})
