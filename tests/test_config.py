@@ -119,6 +119,10 @@ SAMPLES = {
     "drain_seconds": ("2.5", 2.5),
     "allow_uid": ("1000,7", (1000, 7)),
     "allow_gid": ("9", (9,)),
+    "pinned_share": ("0.25", 0.25),
+    "instance_id": ("the-first", "the-first"),
+    "control_peers": ("http://a:8080,https://b/", ("http://a:8080", "https://b")),
+    "tokenizer_url": ("http://localhost:8000", "http://localhost:8000"),
 }
 
 

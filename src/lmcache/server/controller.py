@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -131,7 +131,9 @@ class There:
     def call(self, verb: str, content: Mapping[str, Any]) -> dict[str, Any]:
         method, path = self._ROUTES[verb]
         tiers = content.get("tiers") if verb == "clear" else ""
-        path = path.format(id=content.get("id", "")) + (f"?tiers={tiers}" if tiers else "")
+        path = path.format(id=quote(str(content.get("id", "")), safe="")) + (
+            f"?tiers={quote(str(tiers))}" if tiers else ""
+        )
         body = content if method == "POST" and verb != "clear" else None
         status, told = ask(self.url, path, method, self._token(), _ASK_SECONDS, body)
         if verb == "health":

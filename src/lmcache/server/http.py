@@ -109,6 +109,11 @@ class HttpEndpoint:
         self._config = dataclasses.replace(self._config, api_token=token)
 
     @property
+    def token(self) -> str:
+        """The token that callers on other hosts need now; "" if they are refused."""
+        return self._config.api_token
+
+    @property
     def serving(self) -> bool:
         """Whether the endpoint's thread runs."""
         return self._thread is not None and self._thread.is_alive()

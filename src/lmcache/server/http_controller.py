@@ -28,15 +28,13 @@ class ControllerRoutes:
         self._limiter: anyio.CapacityLimiter | None = None
 
     def routes(self) -> list[Route]:
-        reads = self.lookup, self.health, self.query_instance, self.check_finish
-        changes = self.pin, self.clear, self.move, self.compress, self.decompress
+        verbs = (
+            *(self.lookup, self.health, self.query_instance, self.check_finish),
+            *(self.pin, self.clear, self.move, self.compress, self.decompress),
+        )
         return [
-            *(
-                Route(f"/{one.__name__}", self._wrap(one, changing), methods=["POST"])
-                for changing, several in ((False, reads), (True, changes))
-                for one in several
-            ),
-            Route("/directory/lookup", self._wrap(self.lookup, False), methods=["POST"]),
+            *(Route(f"/{one.__name__}", self._wrap(one, True), methods=["POST"]) for one in verbs),
+            Route("/directory/lookup", self._wrap(self.lookup, True), methods=["POST"]),
             Route("/instances", self._wrap(self.instances, False)),
         ]
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import msgspec
 
-from lmcache.cache.managing import Pin
+from lmcache.cache.managing import REMOVED_AT_ONCE, Listed, Pin
 from lmcache.chunks import HASH_BYTES, split_hashes
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
@@ -30,7 +30,11 @@ from lmcache.tiers import ShardKey
 logger = init_logger(__name__)
 MOST_PIN_SECONDS = 7 * 86400.0
 LISTED = 1000
-"""How many records of L1 one page of a list looks at, at most."""
+"""How many chunks one page of a list has, at most."""
+_LISTED_AT_ONCE = 50
+"""Records that are looked at in one turn of the loop."""
+_REMOVED_FROM_TIERS_AT_ONCE = 256
+"""Chunks whose removal one turn of the loop submits to tiers."""
 _TIER_SECONDS = 1.0
 """How long a lookup waits for tiers; what has not answered by then is left out, and named."""
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=MOST_PIN_SECONDS)]
@@ -136,37 +140,26 @@ class Operating:
             Unknown: no such model or space.
         """
 
-        def page() -> dict[str, object]:
-            l1 = self._service.l1
-            numbers = [one.number for one in l1.spaces if one.number >= space]
-            if model:
-                numbers = [one for one in numbers if self._service.model_of(one) == model]
-            if (model and not numbers and space < 0) or (space >= 0 and l1.space(space) is None):
-                raise Unknown(f"{model[:200] or space}: L1 has nothing of this {'model' if model else 'space'}")
-            if not numbers:
-                return {"objects": [], "next": None}
-            number, first = numbers[0], (after + 1 if numbers[0] == space else 1)
-            found, rest = l1.listed(number, first, limit)
-            name = self._service.model_of(number)
-            rows = [
-                {
-                    "hash": one.key.hex(),
-                    "parent": one.parent.hex() if any(one.parent) else None,
-                    "model": name,
-                    "space": number,
-                    "bytes": one.size_bytes,
-                    "complete": one.complete,
-                    "readers": one.readers,
-                    "pinned": one.pinned,
-                }
-                for one in found
-            ]
-            following = {"space": number, "after": rest - 1} if rest else None
-            if following is None and len(numbers) > 1:
-                following = {"space": numbers[1], "after": 0}
-            return {"objects": rows, "next": following}
-
-        return self._loop.ask(page)
+        l1, first = self._service.l1, after + 1
+        numbers = self._loop.ask(lambda: [one.number for one in l1.spaces if one.number >= space])
+        if space >= 0 and space not in numbers:
+            raise Unknown(f"space {space}: L1 has no such space")
+        rows: list[dict[str, object]] = []
+        named = False
+        for number in numbers:
+            name = self._loop.ask(partial(self._service.model_of, number))
+            named |= not model or name == model
+            first = first if number == space else 1
+            while first and named and (not model or name == model):
+                if len(rows) >= limit:
+                    return {"objects": rows, "next": {"space": number, "after": first - 1}}
+                found, first = self._loop.ask(
+                    partial(l1.listed, number, first, min(_LISTED_AT_ONCE, limit - len(rows)))
+                )
+                rows += (_row(one, number, name) for one in found)
+        if not named and space < 0 and model:
+            raise Unknown(f"{model[:200]}: L1 has nothing of this model")
+        return {"objects": rows, "next": None}
 
     # Pins
 
@@ -252,11 +245,14 @@ class Operating:
         found, chosen = self._named(prompt), self._tiers(prompt.tiers)
         removed, size, kept = 0, 0, dict[str, int]()
         for one in found:
-            done = self._loop.ask(partial(self._service.l1.remove, one.model.spaces, one.hashes))
-            removed, size = removed + done.chunks, size + done.size_bytes
-            kept = {name: kept.get(name, 0) + done.kept.get(name, 0) for name in {**kept, **done.kept}}
-            if chosen:
-                self._loop.ask(partial(self._remove_from, chosen, one))
+            step = REMOVED_AT_ONCE * HASH_BYTES
+            for at in reversed(range(0, len(one.hashes), step)):
+                done = self._loop.ask(partial(self._service.l1.remove, one.model.spaces, one.hashes[at : at + step]))
+                removed, size = removed + done.chunks, size + done.size_bytes
+                kept = {name: kept.get(name, 0) + done.kept.get(name, 0) for name in {**kept, **done.kept}}
+            step = _REMOVED_FROM_TIERS_AT_ONCE * HASH_BYTES
+            for at in range(0, len(one.hashes) if chosen else 0, step):
+                self._loop.ask(partial(self._remove_from, chosen, one._replace(hashes=one.hashes[at : at + step])))
         logger.info("Deleted %d chunks of L1 by name", removed)
         told: dict[str, object] = {"deleted_chunks": removed, "deleted_bytes": size, "kept_chunks": kept}
         return told | ({"tiers": [one.name for one in chosen]} if chosen else {})
@@ -321,6 +317,20 @@ class Operating:
             Unknown: there is none of this name.
         """
         return self._loop.ask(partial(self._prefetches.cancel, name))
+
+
+def _row(one: Listed, space: int, model: str) -> dict[str, object]:
+    """Return a chunk as JSON."""
+    return {
+        "hash": one.key.hex(),
+        "parent": one.parent.hex() if any(one.parent) else None,
+        "model": model,
+        "space": space,
+        "bytes": one.size_bytes,
+        "complete": one.complete,
+        "readers": one.readers,
+        "pinned": one.pinned,
+    }
 
 
 class _Failed(Exception):

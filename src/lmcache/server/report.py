@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
@@ -40,7 +41,9 @@ class Report:
         self._config, self._loop, self._service, self._attaching = config, loop, service, attaching
         self.operating = Operating(config, loop, service, instance_name(config))
         here = Here(instance_name(config), self.operating, self.clear, self.health)
-        others = [There(url, lambda: self._config.api_token) for url in config.control_peers]
+        self.api_token: Callable[[], str] = lambda: config.api_token
+        """Returns the token in force, which SIGHUP may have changed."""
+        others = [There(url, lambda: self.api_token()) for url in config.control_peers]
         self.controller = Controller([here, *others], loop.runtime)
         self._history = History(loop.now, loop.runtime.wall, self._counters)
         loop.on_tick.append(self._history.tick)
