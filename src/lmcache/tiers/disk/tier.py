@@ -24,7 +24,16 @@ from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers import frame
 from lmcache.tiers.disk.folder import can_be_direct, part_of_free, take_folder
 from lmcache.tiers.disk.journal import PUT, REMOVE, STEP_BYTES, USE, Journal, places
-from lmcache.tiers.disk.segments import Segment, Segments, cost_of, frame_bytes, is_large, offset_of
+from lmcache.tiers.disk.segments import (
+    Run,
+    Segment,
+    Segments,
+    cost_of,
+    cost_of_reuse,
+    frame_bytes,
+    is_large,
+    offset_of,
+)
 from lmcache.tiers.disk.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex, tag_of
 from lmcache.tiers.disk.stripes import StripedTier
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, named_errors, tier_error
@@ -45,6 +54,8 @@ _LANE_BYTES = 4 << 20
 """A smaller call is not spread over threads."""
 _ENTRY_RECORDS = 1024
 """The most removals or uses in one entry of the journal, which must fit into the space that is allocated ahead."""
+_KEPT_RANGES, _NEARLY_FULL = 256, 7 / 8
+"""A nearly full tier keeps so many ranges for its next stores. Each reservation looks at all of them."""
 _PAUSE_SECONDS = 2.0
 """How long no more shards are dropped after the file system was full although older shards had been dropped."""
 log = init_logger(__name__)
@@ -54,6 +65,8 @@ class _Hit(NamedTuple):
     number: int
     found: Found
     segment: Segment
+    reuses: int
+    """Those of the segment before the read."""
 
 
 class DiskTier(Tier):
@@ -130,7 +143,8 @@ class DiskTier(Tier):
                         continue
                     place = self._index.place(row)
                     stored = self._index.payload(row)
-                    hits.append(_Hit(number, Found(place, key, buffer, stored), self._segments[place]))
+                    segment = self._segments[place]
+                    hits.append(_Hit(number, Found(place, key, buffer, stored), segment, segment.reuses))
                     if stored > buffer.nbytes:  # fewer bytes may be encoded, as their header then says
                         outcomes[number] = frame.OTHER_SIZE
             failed: list[OSError] = []
@@ -170,7 +184,7 @@ class DiskTier(Tier):
                     said = self._store_group([shards[number] for number in group])
                     for number, outcome in zip(group, said, strict=True):
                         outcomes[number] = outcome
-            if self._segments.freed_bytes:
+            if self._segments.freed_bytes and not self._keeps_freed():
                 with named_errors(self._where):
                     self._give_back()
         if again:
@@ -338,7 +352,7 @@ class DiskTier(Tier):
             for number, freed in enumerate(pending):
                 segment = freed.segment
                 with self._lock:
-                    spent = self._segments.is_spent(segment)
+                    spent = self._segments.claim_spent(segment)
                 try:
                     if spent:
                         self._segments.delete(segment)
@@ -359,14 +373,12 @@ class DiskTier(Tier):
         payloads = [shard.payload.nbytes for shard in shards]
         for first in (True, False):
             with named_errors(self._where):
-                reserved = self._reserve(payloads)
-            if reserved is None:
+                runs = self._reserve(payloads)
+            if not runs:
                 break
-            segment, found = reserved
+            found = [place for run in runs for place in run.places]
             try:
-                handle = self._segments.open_handle(segment, create=True)
-                write = self._io.write_large if is_large(payloads[0]) else self._io.write_packed
-                write(handle.fd, offset_of(found[0]), shards)
+                self._write(runs, shards)
                 with self._lock:
                     return self._commit(shards, found)
             except OSError as error:
@@ -383,22 +395,46 @@ class DiskTier(Tier):
         half = len(shards) // 2
         return self._store_group(shards[:half]) + self._store_group(shards[half:])
 
-    def _reserve(self, payloads: list[int]) -> tuple[Segment, list[int]] | None:
-        """Count and take space for the payloads, evicting for it; return None where that fails. Raises OSError."""
-        cost = cost_of(payloads)
+    def _write(self, runs: list[Run], shards: list[Shard]) -> None:
+        """Write shards to the places that were reserved for them. Raises OSError."""
+        write = self._io.write_large if is_large(shards[0].payload.nbytes) else self._io.write_packed
+        first = 0
+        for segment, some in runs:
+            handle = self._segments.open_handle(segment, create=True)
+            write(handle.fd, offset_of(some[0]), shards[first : first + len(some)])
+            first += len(some)
+
+    def _reserve(self, payloads: list[int]) -> list[Run]:
+        """Count and take space for the payloads, evicting for it; return [] where that fails. Raises OSError."""
         while True:
             with self._lock:
                 if self._now() < self._full_until:
-                    return None
-                count = len(self._index)
-                index = self._index_bytes(count + len(payloads)) - self._index_bytes(count)
-                over = self._used() + cost + index - self._max_bytes
-                if over <= 0:
-                    return self._segments.reserve(payloads)
+                    return []
+                runs, over = self._take_space(payloads)
+                if runs:
+                    return runs
                 more = over - self._segments.freed_bytes
                 if more > 0 and not self._evict(max(more, self._slack() // 4)) and not self._segments.freed_bytes:
-                    return None
+                    return []
+                runs, _ = self._take_space(payloads)
+                if runs:
+                    return runs
             self._give_back()
+
+    def _keeps_freed(self) -> bool:
+        """Return whether freed blocks stay allocated, because the next stores will need as many."""
+        return self._segments.pending_ranges <= _KEPT_RANGES and self._used() > _NEARLY_FULL * self._max_bytes
+
+    def _take_space(self, payloads: list[int]) -> tuple[list[Run], int]:
+        """Take freed space, else new space below the cap. Where there is neither, return [] and how many bytes are missing."""
+        count = len(self._index)
+        index = self._index_bytes(count + len(payloads)) - self._index_bytes(count)
+        room = self._max_bytes - self._used() - index
+        runs = self._segments.reserve_freed(payloads) if room >= cost_of_reuse(len(payloads)) else []
+        cost = cost_of(payloads)
+        if not runs and room >= cost:
+            runs = [self._segments.reserve(payloads)]
+        return runs, cost - room
 
     def _commit(self, shards: list[Shard], found: list[int]) -> list[str]:
         """Record written shards in the journal and index them. Raises OSError, after which nothing has changed."""
@@ -480,7 +516,8 @@ class DiskTier(Tier):
         return [(hit.number, outcome) for hit, outcome in zip(hits, said, strict=True)]
 
     def _after_load(self, hits: list[_Hit], outcomes: list[str]) -> None:
-        """Mark loaded shards as used and drop damaged ones. One that was dropped during the read is absent, not damaged."""
+        """Mark loaded shards as used and drop damaged ones. One that was dropped during the read is absent, not damaged. So is
+        one that may have been dropped and stored again, at the same place."""
         used, damaged = [], []
         with self._lock:
             for hit in hits:
@@ -488,7 +525,7 @@ class DiskTier(Tier):
                 there = bool(row) and self._index.place(row) == hit.found.place
                 if outcomes[hit.number] == OK:
                     used += [row] if there else []
-                elif there:
+                elif there and hit.segment.reuses == hit.reuses:
                     damaged.append(row)
                 else:
                     outcomes[hit.number] = ABSENT
