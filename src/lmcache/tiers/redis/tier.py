@@ -37,6 +37,8 @@ _NO_MEMORY = "no memory"
 _PARTLY = "partly there"
 """Outcome of a load before it becomes ABSENT: only a part of the shard is left, which must be removed."""
 SENTINEL_PORT = 26379
+_CLEAR_SECONDS = 600.0
+"""A clear that lasts longer is given up, since a server may say for ever that there is more."""
 _WINDOW_BYTES = 64 << 20
 """A load asks for so many bytes ahead of reading, because the server holds replies in memory until they are read."""
 
@@ -165,13 +167,16 @@ class RedisTier(Tier):
 
     def clear(self) -> None:
         self._must_be_open()
+        until = time.monotonic() + _CLEAR_SECONDS
         for tag in self._tags:
             left = self._everywhere("clear", [tag])
             while left:
+                self._must_go_on(until)
                 left = self._everywhere("usage", [tag])
         for node in self._nodes.all():
             with node.connection(self._deadline()) as connection:
                 for _ in _unlink_all(connection, self._pattern):
+                    self._must_go_on(until)
                     connection.deadline = self._deadline()
         self._everywhere("usage")
 
@@ -388,6 +393,11 @@ class RedisTier(Tier):
     def _must_be_open(self) -> None:
         if not self._is_open:
             raise TierError("closed", "the Redis tier is not open")
+
+    def _must_go_on(self, until: float) -> None:
+        """Raise TierError when a clear has lasted too long: its steps are bounded, but not how many a server asks for."""
+        if time.monotonic() >= until:
+            raise TierError("timeout", f"Redis is not empty after {_CLEAR_SECONDS:.0f} s of a clear; clear it again")
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_seconds
