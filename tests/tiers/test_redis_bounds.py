@@ -12,7 +12,8 @@ import pytest
 
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, TierError, frame
 from lmcache.tiers.redis import tier as tier_module
-from lmcache.tiers.redis.tier import FULL, RedisTier, booked_bytes
+from lmcache.tiers.redis.booking import booked_bytes
+from lmcache.tiers.redis.tier import FULL, RedisTier
 from proxy import Proxy
 from servers import eventually
 from stores import RedisServer, load, shards_of, tier_of
