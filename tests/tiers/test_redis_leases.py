@@ -9,9 +9,9 @@ import pytest
 from test_redis_deployments import watch as watch
 
 from lmcache.tiers import OK, TierError
+from lmcache.tiers.redis.address import nodes_of
 from lmcache.tiers.redis.leases import Leases
 from lmcache.tiers.redis.remedies import RIGHTS
-from lmcache.tiers.redis.address import nodes_of
 from lmcache.tiers.url import parse_url
 from ports import free_port
 from servers import eventually
