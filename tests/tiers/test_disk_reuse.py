@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from disk_files import filesystem_bytes
 from filesystems import WRITES
 
 from lmcache.testing.conformance import load_one, payload_of, shard_key, shard_of
 from lmcache.tiers import ABSENT, KEPT, OK, ShardKey, frame
-from lmcache.tiers.disk.journal import ENTRY_BYTES
+from lmcache.tiers.disk.journal import ENTRY_BYTES, PUT, Journal
 from lmcache.tiers.disk.segments import frame_bytes, offset_of
+from lmcache.tiers.disk.shard_index import RECORD, tag_of
 from lmcache.tiers.disk.tier import DiskTier
 from lmcache.tiers.filesystem import BLOCK_BYTES, Filesystem
 
@@ -131,20 +133,38 @@ def consistent(tier: DiskTier) -> None:
         assert segments._all[number].used == len(used) * BLOCK_BYTES
 
 
-def test_a_shard_that_was_replaced_does_not_come_back(folders: Callable[[str], Path]) -> None:
-    """It was replaced without a removal in the journal, another shard lies in its place, and its successor was removed."""
-    folder = folders("/dev/shm") / "tier"
-    with opened(folder, MIB + MIB // 2) as tier:
+@pytest.mark.parametrize("others", [0, 12], ids=["its place is free", "another lies there"])
+def test_a_shard_that_was_replaced_does_not_come_back(folders: Callable[[str], Path], others: int) -> None:
+    """It was replaced without a removal in the journal, and its successor was removed."""
+    folder, cap = folders("/dev/shm") / "tier", MIB + MIB // 2
+    with opened(folder, cap) as tier:
         store(tier, 1, size=131_072)
         store(tier, 1, size=70_000)
-        for number in range(2, 14):
+        for number in range(2, 2 + others):
             store(tier, number, size=131_072)
         tier.remove([shard_key(1)])
         there = [number for number in range(14) if tier.known([shard_key(number)])[0]]
+        assert 1 not in there
         shutil.copytree(folder, crashed := folder.with_name("crashed"))
-    with opened(crashed, MIB + MIB // 2) as tier:
+    with opened(crashed, cap) as tier:
         assert [number for number in range(14) if tier.known([shard_key(number)])[0]] == there
         assert all(load_one(tier, shard_key(number), 131_072)[0] == OK for number in there)
+
+
+def test_of_two_shards_in_one_place_the_later_one_is_there(tmp_path: Path) -> None:
+    """Whatever the journal lacks: a frame that was freed twice would give its place to two others."""
+    records = np.zeros(3, RECORD)
+    for number, record in enumerate(records):
+        key = shard_key(number).packed
+        record["key"], record["payload"], record["tag"] = key, 70_000, tag_of(key)
+        record["place"] = (1 << 32) + number // 2 * 2000
+    journal = Journal(Filesystem(), tmp_path)
+    journal.open()
+    journal.append((PUT, records.tobytes()))
+    journal.close()
+    left, _ = journal.open()
+    journal.close()
+    assert [bytes(one["key"]) for one in left] == [shard_key(number).packed for number in (1, 2)]
 
 
 def test_whatever_a_power_cut_leaves_is_right_or_a_miss(folders: Callable[[str], Path]) -> None:
