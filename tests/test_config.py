@@ -219,6 +219,13 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert ServerConfig().socket_dir == Path(f"/tmp/lmcache-{os.getuid()}")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("learned", "learned"), ("ARC", "learned"), ("arc", "learned"), ("Lru", "LRU")]
+)
+def test_policies_of_eviction_have_names_of_the_public_project_too(typed: str, meant: str) -> None:
+    assert load({"eviction_policy": typed}, {}).config.eviction_policy == meant
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +233,8 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("flags", "parts"),
     [
         ({"eviction_policy": "FIFO"}, ["--eviction-policy FIFO", "unknown", "known: LRU"]),
+        ({"eviction_policy": "isolatedlru"}, ["--eviction-policy isolatedlru", "cache_salt", "pass LRU"]),
+        ({"eviction_policy": "noop"}, ["--eviction-policy noop", "pass LRU"]),
         ({"chunk_size": "0"}, ["--chunk-size 0", "from 1 to"]),
         ({"chunk_size": "many"}, ["--chunk-size many", "whole number"]),
         ({"chunk_size": "1_6"}, ["--chunk-size 1_6"]),

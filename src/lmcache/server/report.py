@@ -258,6 +258,7 @@ class Report:
             "eviction": {
                 "policy": self._service.eviction.name,
                 "prompts_learned_from": self._service.eviction.prompts,
+                "answers_learned_from": self._service.eviction.answers,
             },
             "engines": [
                 {
