@@ -1,336 +1,178 @@
-"""What a learned policy of eviction would find, beside LRU, on a recorded trace.
+"""What the learned policy of eviction finds and costs, beside LRU and the optimum, on recorded or made-up traces.
 
-    python -m benchmarks.policies --trace conversation.jsonl [--blocks 1000,5000,10000] [--json]
+    python -m benchmarks.policies conversation.jsonl [--blocks 1000,5000,10000] [--block-tokens 256] [--json FILE]
+    python -m benchmarks.policies --lookup
 
-The policy is Python behind the door of `memory.order.Policy`; the heart, its index and the replay are the server's own.
+Without --blocks the sizes are 1, 2, 5, 10, 20 and 50 % of the different blocks of the trace. The table in C is the server's own,
+with its policies; a prompt finds its leading blocks that are there, and stores the others. `lmcache replay` does the same through
+all of the server's index, and finds the same. The optimum evicts what is used again last, and need not keep what a prompt brings.
+
+--lookup: what the policies do while an engine waits for a hit of 512 chunks, and what the learned one does after that.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
-import random
+import os
+import statistics
 import time
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
-
-from lmcache.cache.table import Table
-from lmcache.memory.order import Policy
-from lmcache.sizing import replay as replays
+from lmcache.cache.table import Habits, Table
 from lmcache.sizing.readers import Trace
-from lmcache.sizing.replay import Capacity, Simulation, replay
-from lmcache.sizing.trace import Record
+from lmcache.sizing.replay import FIRST_TOKEN_SECONDS, TOKEN_SECONDS
+from lmcache.sizing.trace import Lookup
 
-FIRST_SECONDS, PER_OCTAVE, BUCKETS = 0.05, 3, 54
-COUNTS = 7
-"""Classes by how often a block was used: 1, 2, 3, 4-5, 6-9, 10-32, more."""
-TURNS, LENGTHS = 5, 8
-COARSE = COUNTS * 2
-MIDDLE = COARSE * TURNS
-DEAD = COUNTS * LENGTHS
-CLASSES = MIDDLE + DEAD
-SAMPLE = 32
-GHOSTS = 16
-"""Evicted blocks that are remembered, as a multiple of the capacity."""
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+NEVER = 1 << 60
 
 
-def _count_class(count: int) -> int:
-    return count - 1 if count < 4 else 3 if count < 6 else 4 if count < 10 else 5 if count < 33 else 6
+class Found(NamedTuple):
+    """tokens: share of the tokens that were found. microseconds: CPU time for each block, the loop in Python included."""
+
+    tokens: float
+    microseconds: float
 
 
-class Learned(Policy):
-    """Learns for classes of blocks at which age they are used again, and evicts where the chance for the time held is least.
-
-    The class of a block follows from how often it was used, whether it was the last of its request, and which turn of a
-    conversation that was. What another branch has left behind is a class of its own. now: the trace's clock. capacity: in blocks.
-    """
-
-    def __init__(self, now: Callable[[], float], capacity: int) -> None:
-        self._now, self._most_ghosts = now, GHOSTS * capacity
-        self._dice = random.Random(7)
-        self._slots: dict[bytes, int] = {}
-        """Key -> slot in the arrays below, of rows and ghosts."""
-        self._free: list[int] = []
-        size = 1 << 12
-        self._last, self._weight = np.zeros(size), np.zeros(size)
-        self._class = np.full(size, -1, np.int32)
-        """-1: nothing is known of the slot."""
-        self._count = array("I", bytes(4 * size))
-        self._turn, self._path = array("I", bytes(4 * size)), array("I", bytes(4 * size))
-        self._rows = bytearray(size)
-        """1 for a slot that has a row."""
-        self._next = array("q", [-1]) * size
-        """The block after this one in the last request that used it."""
-        self._key_of: dict[int, bytes] = {}
-        self._row_slot: dict[int, int] = {}
-        self._parent: dict[int, int] = {}
-        self._children: dict[int, int] = {}
-        self._leaves: list[int] = []
-        self._leaf_at: dict[int, int] = {}
-        self._ghosts: deque[tuple[bytes, float]] = deque()
-        self._request: list[int] = []
-        """Slots of the running request, from its first block on."""
-        self._matched = 0
-        self._requests = 0
-        self._events, self._closed = np.zeros((CLASSES, BUCKETS)), np.zeros((CLASSES, BUCKETS))
-        edges = FIRST_SECONDS * 2 ** (np.arange(BUCKETS) / PER_OCTAVE)
-        self._edges, self._steps = edges, np.diff(np.concatenate([[0.0], edges]))
-        self._index = np.tile(1.0 / edges, (CLASSES, 1))
-
-    # What the table tells
-
-    def begin(self) -> None:
-        """Note that a request begins, and what the one before it has shown."""
-        if self._request:
-            self._finish()
-        self._request, self._matched = [], 0
-
-    def inserted(self, row: int, key: bytes, parent: int) -> None:
-        slot = self._slots.get(key)
-        if slot is None:
-            slot = self._slots[key] = self._new_slot()
-        self._row_slot[row], self._key_of[row], self._rows[slot] = slot, bytes(key), 1
-        self._parent[row], self._children[row] = parent, 0
-        if parent:
-            self._children[parent] += 1
-            self._no_leaf(parent)
-        self._leaf(row)
-        self._request.append(slot)
-
-    def touched(self, rows: Sequence[int]) -> None:
-        if not self._request:
-            self._request = [self._row_slot[row] for row in reversed(rows)]
-            self._matched = len(self._request)
-
-    def removed(self, row: int) -> None:
-        slot, key, parent = self._row_slot.pop(row), self._key_of.pop(row), self._parent.pop(row)
-        del self._children[row]
-        self._rows[slot] = 0
-        self._no_leaf(row)
-        if parent in self._children:
-            self._children[parent] -= 1
-            if not self._children[parent]:
-                self._leaf(parent)
-        self._ghosts.append((key, float(self._last[slot])))
-        while len(self._ghosts) > self._most_ghosts:
-            self._forget(*self._ghosts.popleft())
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(sorted(self._row_slot, key=lambda row: self._worth([row])[0]))
-
-    def victim(self, evictable: Callable[[int], bool]) -> int:
-        for _ in range(8):
-            found = [row for row in self._dice.choices(self._leaves, k=SAMPLE) if evictable(row)]
-            if found:
-                return found[int(np.argmin(self._worth(found)))]
-        return next(filter(evictable, self), 0)
-
-    def memory_bytes(self) -> int:
-        return len(self._last) * 60
-
-    # Leaves and slots
-
-    def _leaf(self, row: int) -> None:
-        if row not in self._leaf_at:
-            self._leaf_at[row] = len(self._leaves)
-            self._leaves.append(row)
-
-    def _no_leaf(self, row: int) -> None:
-        at = self._leaf_at.pop(row, None)
-        if at is not None:
-            last = self._leaves.pop()
-            if last != row:
-                self._leaves[at], self._leaf_at[last] = last, at
-
-    def _new_slot(self) -> int:
-        if not self._free:
-            size = len(self._last)
-            self._free = list(range(2 * size - 1, size - 1, -1)) if self._slots else list(range(size - 1, -1, -1))
-            if self._slots:
-                self._last, self._weight = np.resize(self._last, 2 * size), np.resize(self._weight, 2 * size)
-                self._class = np.concatenate([self._class, np.full(size, -1, np.int32)])
-                for one in (self._count, self._turn, self._path):
-                    one.extend([0] * size)
-                self._next.extend([-1] * size)
-                self._rows.extend(bytes(size))
-        slot = self._free.pop()
-        self._class[slot], self._count[slot], self._next[slot] = -1, 0, -1
-        return slot
-
-    def _forget(self, key: bytes, last: float) -> None:
-        slot = self._slots.get(key)
-        if slot is None or self._last[slot] != last or self._rows[slot] or slot in self._request:
-            return
-        self._close(slot, self._now(), used=False)
-        self._class[slot] = -1
-        del self._slots[key]
-        self._free.append(slot)
-
-    # Learning
-
-    def _close(self, slot: int, now: float, used: bool) -> None:
-        kind = self._class[slot]
-        if kind >= 0:
-            bucket = min(BUCKETS - 1, int(np.searchsorted(self._edges, now - self._last[slot])))
-            self._closed[kind, bucket] += self._weight[slot]
-            if used:
-                self._events[kind, bucket] += self._weight[slot]
-
-    def _finish(self) -> None:
-        now, path, matched = self._now_of_request, self._request, self._matched
-        known = matched  # blocks behind the hit may be ghosts, which were used again, too
-        while known < len(path) and self._class[path[known]] >= 0:
-            known += 1
-        turn = 1
-        if known >= 2:
-            deepest = path[known - 1]
-            before = self._path[deepest]
-            if known >= before - (2 if before > 8 else 1):
-                turn = min(TURNS, 1 + self._turn[deepest])
-        if known and known < len(path):
-            self._leave_behind(path[known - 1], path[known], now)
-        for slot in path[:known]:
-            self._close(slot, now, used=True)
-        kinds: dict[int, list[int]] = {}
-        for place, slot in enumerate(path):
-            self._count[slot] = min(self._count[slot] + 1, 1 << 20)
-            self._last[slot], self._turn[slot], self._path[slot] = now, turn, len(path)
-            self._next[slot] = path[place + 1] if place + 1 < len(path) else -1
-            coarse = _count_class(self._count[slot]) * 2 + (place + 1 == len(path))
-            kinds.setdefault(coarse * TURNS + turn - 1, []).append(slot)
-        for kind, slots in kinds.items():
-            self._class[slots], self._weight[slots] = kind, 1.0 / len(slots)
-        self._requests += 1
-        if self._requests % (16 if self._requests < 256 else 64) == 0:
-            self._refresh(now)
-
-    def _leave_behind(self, at: int, other: int, now: float) -> None:
-        """What the last request through block `at` had behind it, and this one has not, is a dead tail now."""
-        tail, slot = list[int](), self._next[at]
-        while slot >= 0 and slot != other and self._class[slot] >= 0 and len(tail) < 512:
-            tail.append(slot)
-            slot = self._next[slot]
-        if tail and slot != other and self._count[at] <= 32:
-            length = min(LENGTHS - 1, len(tail).bit_length() - 1)
-            kind = MIDDLE + _count_class(self._count[at]) * LENGTHS + length
-            for one in tail:
-                self._close(one, now, used=False)
-                self._class[one], self._weight[one], self._last[one] = kind, 1.0 / len(tail), now
-
-    def _refresh(self, now: float) -> None:
-        live = np.flatnonzero(self._class >= 0)
-        kinds, ages = self._class[live], now - self._last[live]
-        buckets = np.minimum(np.searchsorted(self._edges, ages), BUCKETS - 1)
-        ends = self._closed.copy()
-        np.add.at(ends, (kinds, buckets), self._weight[live])
-        behind = np.cumsum(ends[:, ::-1], axis=1)[:, ::-1] - ends
-        exposure = (behind + 0.5 * ends) * self._steps
-        events, exposure = _smooth(self._events), _smooth(exposure)
-        middles = self._middle_parents
-        pool_e, pool_x = events.sum(axis=0), exposure.sum(axis=0)
-        centre = np.sqrt(np.concatenate([[self._edges[0] / 2], self._edges[:-1]]) * self._edges)
-        pool = _hazard(pool_e, pool_x, 0.3 / centre, 20, self._steps)
-        coarse_e, coarse_x = np.zeros((COARSE + DEAD, BUCKETS)), np.zeros((COARSE + DEAD, BUCKETS))
-        np.add.at(coarse_e, middles, events)
-        np.add.at(coarse_x, middles, exposure)
-        coarse = _hazard(coarse_e, coarse_x, pool, 1, self._steps)
-        hazard = _hazard(events, exposure, coarse[middles], 100, self._steps)
-        self._index = _gittins(hazard, self._steps)
-
-    _middle_parents = np.concatenate([np.repeat(np.arange(COARSE), TURNS), COARSE + np.arange(DEAD)])
-
-    @property
-    def _now_of_request(self) -> float:
-        return self.began
-
-    began = 0.0
-    """When the running request came."""
-
-    def _worth(self, rows: Sequence[int]) -> Any:
-        slots = np.fromiter((self._row_slot[row] for row in rows), np.int64, len(rows))
-        ages = np.maximum(0.0, self._now() - self._last[slots])
-        buckets = np.minimum(np.searchsorted(self._edges, ages), BUCKETS - 1)
-        kinds = self._class[slots]
-        worth = np.where(kinds >= 0, self._index[kinds, buckets], np.inf)
-        return worth * (1 - 1e-9 * np.minimum(ages, 1e6))
+def replayed(prompts: Sequence[Lookup], room: int, policy: Habits | None, block: int) -> Found:
+    """Replay the prompts in a table of so many blocks."""
+    table, found, asked, held = Table(1, policy), 0, 0, 0
+    answers: list[tuple[float, bytes, int]] = []
+    began = time.process_time()
+    for one in prompts:
+        while answers and answers[0][0] <= one.time:
+            table.answered(*heapq.heappop(answers))
+        if one.answer:
+            ends = one.time + FIRST_TOKEN_SECONDS + TOKEN_SECONDS * one.answer
+            heapq.heappush(answers, (ends, one.hashes[-16:], one.answer))
+        ids = table.match(one.hashes)
+        table.asked(one.time, one.hashes)
+        table.touch(ids)
+        asked, found = asked + one.tokens, found + min(block * len(ids) // 4, one.tokens)
+        table.pin(ids)
+        pinned, parent = [ids], int.from_bytes(ids[-4:], "little") if ids else -1
+        for at in range(4 * len(ids), len(one.hashes), 16):
+            if held >= room:
+                victim = table.victim()
+                if victim < 0:
+                    break
+                table.detach(victim)
+                table.free(victim)
+                held -= 1
+            parent, held = table.insert(one.hashes[at : at + 16], parent), held + 1
+            table.begin_fill(parent, 0, 0)
+            table.end_fill(parent, 0, True)
+            pinned.append(parent.to_bytes(4, "little"))
+            table.pin(pinned[-1])
+        path = b"".join(pinned)
+        table.unpin(path)
+        table.touch(path)
+    blocks = sum(len(one.hashes) // 16 for one in prompts)
+    return Found(found / asked, 1e6 * (time.process_time() - began) / blocks)
 
 
-def _smooth(table: Any) -> Any:
-    wide = np.pad(table, ((0, 0), (1, 1)))
-    return 0.5 * wide[:, :-2] + table + 0.5 * wide[:, 2:]
+def optimum(prompts: Sequence[Lookup], room: int, block: int) -> float:
+    """Return the share of the tokens that the best policy would find, which knows what comes."""
+    paths = [[one.hashes[at : at + 16] for at in range(0, len(one.hashes), 16)] for one in prompts]
+    following: list[list[int]] = []
+    next_use: dict[bytes, int] = {}
+    for number in reversed(range(len(paths))):
+        following.append([next_use.get(key, NEVER) for key in paths[number]])
+        next_use.update(dict.fromkeys(paths[number], number))
+    following.reverse()
+    kept: dict[bytes, int] = {}
+    """Block -> its next use."""
+    last: list[tuple[int, int, bytes]] = []
+    found = 0
+    for number, path in enumerate(paths):
+        hit = next((at for at, key in enumerate(path) if key not in kept), len(path))
+        found += min(block * hit, prompts[number].tokens)
+        for depth, key in enumerate(path):
+            kept[key] = following[number][depth]
+            heapq.heappush(last, (-kept[key], -depth, key))
+        while len(kept) > room:
+            use, _, key = heapq.heappop(last)
+            if kept.get(key) == -use:
+                del kept[key]
+    return found / sum(one.tokens for one in prompts)
 
 
-def _hazard(events: Any, exposure: Any, parent: Any, weight: float, steps: Any) -> Any:
-    return (events + weight * steps * parent) / (exposure + weight * steps)
+def compared(path: Path, sizes: Sequence[int], block_tokens: int) -> list[dict[str, float]]:
+    trace = Trace([path], block_tokens)
+    prompts = [one for one in trace if isinstance(one, Lookup)]
+    different = len({one.hashes[at : at + 16] for one in prompts for at in range(0, len(one.hashes), 16)})
+    rows = []
+    for room in sizes or [max(1, int(share * different)) for share in SHARES]:
+        lru, learned = (replayed(prompts, room, policy, trace.block_tokens) for policy in (None, Habits()))
+        best = optimum(prompts, room, trace.block_tokens)
+        gap = best - lru.tokens
+        row = {"blocks": room, "LRU": lru.tokens, "learned": learned.tokens, "optimum": best}
+        row |= {"of_the_gap": (learned.tokens - lru.tokens) / gap if gap > 0.005 else float("nan")}
+        row |= {"LRU_us": lru.microseconds, "learned_us": learned.microseconds}
+        rows.append(row)
+        share = f"{row['of_the_gap']:6.1%}" if gap > 0.005 else "     -"
+        print(
+            f"{path.name} {room:>7,} blocks: LRU {lru.tokens:6.2%}, learned {learned.tokens:6.2%}, optimum {best:6.2%}; "
+            f"{share} of the gap; {lru.microseconds:.2f} and {learned.microseconds:.2f} us a block",
+            flush=True,
+        )
+    shares = [row["of_the_gap"] for row in rows if row["of_the_gap"] == row["of_the_gap"]]
+    worst = min(row["learned"] - row["LRU"] for row in rows)
+    print(
+        f"{path.name}: {statistics.mean(shares):.1%} of the gap on average, worst {100 * worst:+.2f} points", flush=True
+    )
+    return rows
 
 
-def _gittins(hazard: Any, steps: Any) -> Any:
-    """For each class and age: the greatest chance of a use before some horizon, divided by the time held until then."""
-    index = np.zeros_like(hazard)
-    gone = hazard * steps
-    lasting = np.where(gone > 1e-9, (1 - np.exp(-gone)) / np.maximum(hazard, 1e-300), steps)
-    for age in range(hazard.shape[1]):
-        survives = np.exp(-np.cumsum(gone[:, age:], axis=1))
-        before = np.concatenate([np.ones((len(hazard), 1)), survives[:, :-1]], axis=1)
-        held = np.cumsum(before * lasting[:, age:], axis=1)
-        index[:, age] = ((1 - survives) / held).max(axis=1)
-    return index
-
-
-class Learning(Simulation):
-    """A simulation that tells its policy where requests begin."""
-
-    def __init__(self, capacity: Capacity) -> None:
-        self.policies: list[Learned] = []
-
-        def made(now: Callable[[], float]) -> Callable[[int], Table]:
-            def table(shards: int) -> Table:
-                self.policies.append(Learned(now, capacity.blocks))
-                return Table(shards, self.policies[-1])
-
-            return table
-
-        replays.POLICIES["learned"] = made
-        super().__init__("learned", capacity)
-
-    def play(self, record: Record) -> None:
-        for one in self.policies:
-            one.begin()
-            one.began = getattr(record, "time", one.began)
-        super().play(record)
+def lookups(chunks: int = 512, prompts: int = 400, rounds: int = 15) -> None:
+    """Measure hits of prompts that are there completely, in turns."""
+    names = [os.urandom(16 * chunks) for _ in range(prompts)]
+    tables = {"LRU": Table(1), "learned": Table(1, Habits())}
+    for table in tables.values():
+        for name in names:
+            parent = -1
+            for at in range(0, len(name), 16):
+                parent = table.insert(name[at : at + 16], parent)
+                table.begin_fill(parent, 0, 0)
+                table.end_fill(parent, 0, True)
+    waits: dict[str, list[float]] = {"LRU": [], "learned": [], "afterwards": []}
+    for turn in range(rounds):
+        for label, table in tables.items():
+            for number, name in enumerate(names):
+                began = time.perf_counter()
+                ids = table.match(name)
+                table.asked(float(turn * prompts + number), name)
+                table.touch(ids)
+                found = time.perf_counter()
+                table.settle()
+                if turn:
+                    waits[label].append(1e6 * (found - began))
+                    if label == "learned":
+                        waits["afterwards"].append(1e6 * (time.perf_counter() - found))
+    for label, times in waits.items():
+        times.sort()
+        print(f"{label:>10}: {statistics.median(times):6.1f} us, p99 {times[len(times) * 99 // 100]:6.1f} us")
+    print(f"learned / LRU: {statistics.median(waits['learned']) / statistics.median(waits['LRU']):.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, required=True)
-    parser.add_argument("--blocks", default="1000,2000,5000,10000,20000,40000")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("traces", type=Path, nargs="*")
+    parser.add_argument("--blocks", default="")
+    parser.add_argument("--block-tokens", type=int, default=0, help="As for `lmcache replay`.")
+    parser.add_argument("--json", type=Path, help="Also write the rows to this file.")
+    parser.add_argument("--lookup", action="store_true")
     arguments = parser.parse_args()
-    rows = []
-    for blocks in map(int, arguments.blocks.split(",")):
-        found, seconds = {}, {}
-        for make in (lambda size: Simulation("LRU", size), Learning):
-            one = make(Capacity(blocks=blocks))
-            begin = time.process_time()
-            replay(Trace([arguments.trace], 0), [one], lambda requests: None)
-            seconds[one.policy] = time.process_time() - begin
-            found[one.policy] = one.result()
-        per_block = {name: 1e6 * spent / int(str(found[name]["blocks"])) for name, spent in seconds.items()}
-        ratios = {name: float(str(one["token_hit_ratio"])) for name, one in found.items()}
-        rows.append({"blocks": blocks, "token_hit_ratio": ratios, "microseconds_a_block": per_block})
-        if not arguments.json:
-            learned = f"learned {ratios['learned']:.2%}, {per_block['learned']:.1f} us a block"
-            print(
-                f"{blocks:>7,} blocks: LRU {ratios['LRU']:.2%}, {per_block['LRU']:.1f} us a block; {learned}",
-                flush=True,
-            )
+    sizes = [int(one) for one in arguments.blocks.split(",") if one]
+    rows = {str(path): compared(path, sizes, arguments.block_tokens) for path in arguments.traces}
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        arguments.json.write_text(json.dumps(rows, indent=2))
+    if arguments.lookup:
+        lookups()
 
 
 if __name__ == "__main__":

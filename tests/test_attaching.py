@@ -356,6 +356,30 @@ def test_hangup_attaches_and_removes_what_the_file_says(
     assert cache.healthy() and os.path.exists(folder / "a"), "what is stored stays"
 
 
+def test_a_tier_that_could_not_be_attached_is_tried_again_by_the_next_hangup(
+    server: Callable[..., Server], folders: Callable[[str], Path], token: Path
+) -> None:
+    """By the same file, once what was in the way is gone; one that was removed over HTTP stays away."""
+    folder, file = folders("/tmp"), token.with_name("lmcache.yaml")
+    urls = [f"dir://{folder}/{name}?name={name}&key_file={folder}/{name}.key" for name in "ab"]
+    file.write_text(f"api-token-file: {token}\n")
+    cache = server(flags=("--config", str(file)))
+    file.write_text(f"api-token-file: {token}\nl2:\n" + "".join(f"  - {url}\n" for url in urls))
+    (folder / "b.key").touch(0o600)
+    (folder / "b.key").write_bytes(bytes(32))
+    cache.signal(signal.SIGHUP)
+    eventually(lambda: names(cache) == ["b"])
+    eventually(lambda: any("SIGHUP" in line and "a.key" in line for line in cache.log))
+    assert called(cache, "DELETE", "/tiers/b").status_code == 200
+    (folder / "a.key").touch(0o600)
+    (folder / "a.key").write_bytes(bytes(32))
+    cache.signal(signal.SIGHUP)
+    eventually(lambda: names(cache) == ["a"])
+    cache.signal(signal.SIGHUP)
+    eventually(lambda: sum("settings were read again" in line for line in cache.log) == 3)
+    assert names(cache) == ["a"] and cache.healthy()
+
+
 def test_a_tier_that_is_still_being_opened_can_be_removed(
     hanging: Path, server: Callable[..., Server], token: Path
 ) -> None:

@@ -119,6 +119,10 @@ SAMPLES = {
     "drain_seconds": ("2.5", 2.5),
     "allow_uid": ("1000,7", (1000, 7)),
     "allow_gid": ("9", (9,)),
+    "pinned_share": ("0.25", 0.25),
+    "instance_id": ("the-first", "the-first"),
+    "control_peers": ("http://a:8080,https://b/", ("http://a:8080", "https://b")),
+    "tokenizer_url": ("http://localhost:8000", "http://localhost:8000"),
 }
 
 
@@ -215,6 +219,13 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert ServerConfig().socket_dir == Path(f"/tmp/lmcache-{os.getuid()}")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("learned", "learned"), ("ARC", "learned"), ("arc", "learned"), ("Lru", "LRU")]
+)
+def test_policies_of_eviction_have_names_of_the_public_project_too(typed: str, meant: str) -> None:
+    assert load({"eviction_policy": typed}, {}).config.eviction_policy == meant
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +233,8 @@ def test_socket_dir_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("flags", "parts"),
     [
         ({"eviction_policy": "FIFO"}, ["--eviction-policy FIFO", "unknown", "known: LRU"]),
+        ({"eviction_policy": "isolatedlru"}, ["--eviction-policy isolatedlru", "cache_salt", "pass LRU"]),
+        ({"eviction_policy": "noop"}, ["--eviction-policy noop", "pass LRU"]),
         ({"chunk_size": "0"}, ["--chunk-size 0", "from 1 to"]),
         ({"chunk_size": "many"}, ["--chunk-size many", "whole number"]),
         ({"chunk_size": "1_6"}, ["--chunk-size 1_6"]),
@@ -347,6 +360,13 @@ def test_wide_doors_need_a_key_or_a_word(tmp_path: Path) -> None:
     assert "every host" in wide.reach and "WITHOUT any authentication" in wide.reach
     assert "this host only" in ServerConfig().reach
     assert "contradict" in error_of({"host": "0.0.0.0", "insecure_no_auth": "true", "auth_key_file": key})
+    directory = {"peers": "redis://:hunter2@store:6379/0"}
+    for more in ({}, {"insecure_no_auth": "true"}):
+        assert "needs --auth-key-file" in (text := error_of({**directory, **more})) and "hunter" not in text
+    config = load({**directory, "auth_key_file": key}, {}).config
+    assert config.peers == ("redis://:hunter2@store:6379/0",) and "hunter" not in str(config.redacted())
+    path = Path(file_of(tmp_path, f"peers: {directory['peers']}\nauth-key-file: {key}\n", 0o644))
+    assert "chmod 600" in error_of({"config": str(path)})
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

@@ -59,8 +59,11 @@ REAL_TIME = {
     "lmcache.proxy.connections": ("asyncio", "names the type of uvicorn's transports; its clients are real"),
     "lmcache.server.loop": ("result", "the thread of HTTP waits for the loop"),
     "lmcache.server.report": ("result", "the thread of HTTP waits for tiers to be cleared"),
-    "lmcache.server.operating": ("result", "the thread of HTTP waits for tiers to say what they have"),
-    "lmcache.server.controller": ("result", "the thread of HTTP waits for other servers, which are real"),
+    "lmcache.server.operating": ("result", "the thread of HTTP waits for the answers of tiers"),
+    "lmcache.server.controller": (
+        "result",
+        "the thread of HTTP waits for the answers of other servers, which are real",
+    ),
     "lmcache.memory.arena": ("time", "measures how busy the machine is"),
     "lmcache.bench.": ("time", "measures real servers"),
     "lmcache.testing.": ("Thread result", "the tests of a tier, which do what several servers do"),

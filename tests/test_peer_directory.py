@@ -303,6 +303,31 @@ def test_a_peer_that_leaves_the_directory_is_let_go(
         assert closed.wait(PATIENCE)
 
 
+def test_a_look_up_that_fails_by_a_bug_is_made_again(
+    valkey: RedisServer,
+    folders: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(roster, "RESOLVE_SECONDS", 0.05)
+    key = key_file(folders("/tmp"))
+    Here(valkey, key, 7).names()
+    tier = make_tier(f"peer://?directory=redis://127.0.0.1:{valkey.port}/0").tier
+    assert isinstance(tier, PeersTier) and tier._directory is not None
+    tier.introduce(Myself(key_file=key, host="127.0.0.1", port=9))
+    look_up, fails = tier._directory.look_up, [True]
+    monkeypatch.setattr(tier._directory, "look_up", lambda: 1 / 0 if fails[0] else look_up())
+    tier._open()
+    try:
+        eventually(lambda: caplog.text.count("Looking up the peers failed") > 2)
+        fails[0] = False
+        eventually(lambda: [peer.address for peer in tier._roster.peers] == ["127.0.0.1:7"])
+    finally:
+        closed = threading.Event()
+        tier.submit(Close(RUNTIME.now() + PATIENCE, lambda *end: closed.set()))
+        assert closed.wait(PATIENCE)
+
+
 def test_an_answer_of_another_kind_is_no_list(valkey: RedisServer, folders: Callable[[str], Path]) -> None:
     one = Here(valkey, key_file(folders("/tmp")))
 

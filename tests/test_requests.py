@@ -229,6 +229,18 @@ def test_what_nobody_waits_for_any_more_is_not_loaded(
         store.end()
 
 
+def test_a_server_that_learns_is_told_how_long_answers_are(server: Servers, engine: Engines) -> None:
+    one = server(flags=("--eviction-policy", "learned"))
+    bed = Bed(engine(one))
+    for name, answer in (("a", 70), ("b", 0)):
+        ids = list(range(200))
+        bed.requests.find(bed.open(name), ids)
+        bed.requests.finish(name, len(ids) + answer)
+    eventually(lambda: one.status()["eviction"]["answers_learned_from"] == 1)
+    eventually(lambda: one.status()["eviction"]["prompts_learned_from"] >= 1)
+    assert not one.counters()["refused_requests_total"]
+
+
 def test_a_request_counts_once_however_long_it_waits(server: Servers, engine: Engines) -> None:
     """Schedulers ask about a waiting request again and again, and each lookup is a lease or a miss of its own."""
     one = server(chunk=CHUNK)

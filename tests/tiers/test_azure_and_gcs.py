@@ -26,9 +26,19 @@ pytestmark = pytest.mark.xdist_group("objects")
 MIB, GIB = 1 << 20, 1 << 30
 
 
+@pytest.fixture(scope="module")
+def azurite() -> Iterator[Azurite]:
+    one = Azurite()
+    yield one
+    one.end()
+
+
 @pytest.fixture(scope="module", params=["az", "gs"])
 def cloud(request: pytest.FixtureRequest) -> Iterator[Azurite | GCSStandIn]:
-    one = Azurite() if request.param == "az" else GCSStandIn()
+    if request.param == "az":
+        yield request.getfixturevalue("azurite")
+        return
+    one = GCSStandIn()
     yield one
     one.end()
 
@@ -80,9 +90,9 @@ def test_removals_ignore_what_is_not_there_and_clear_takes_all(
     opened: Callable[..., ObjectTier], cloud: Azurite | GCSStandIn
 ) -> None:
     tier, shards = opened("&max_gb=1"), shards_of(300, 10)
-    assert set(tier.store(shards[::2])) == {OK}
-    tier.remove([shard.key for shard in shards[:290]])  # every second one is absent
-    assert tier.contains([shard.key for shard in shards]) == [False] * 290 + [True, False] * 5
+    assert set(tier.store(shards[::10])) == {OK}
+    tier.remove([shard.key for shard in shards[:290]])  # more than a request of Azure's takes; most of them are absent
+    assert tier.contains([shard.key for shard in shards[::10]]) == [False] * 29 + [True]
     prefix = tier._client.place.prefix
     obstore.put(cloud.store(), f"{prefix}/not ours", b"x")
     tier.clear()
@@ -146,19 +156,12 @@ class TestConformance(ConformanceSuite):
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
         obstore.put(self.cloud.store(), f"{self.prefix(place)}/{key.text}", stored)
 
-    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
+    def bytes_in_store(self, place: Path, tier: Tier) -> int:
         found = obstore.list(self.cloud.store(), self.prefix(place))
         return sum(one["size"] for batch in found for one in batch)
 
 
 # ---- credentials
-
-
-@pytest.fixture(scope="module")
-def azurite() -> Iterator[Azurite]:
-    one = Azurite()
-    yield one
-    one.end()
 
 
 def test_credentials_of_azure(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> None:

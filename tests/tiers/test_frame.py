@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 import struct
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import xxhash
 from blake3 import blake3
 
-from lmcache.testing.conformance import payload_of, shard_key, shard_of
+from lmcache.testing.conformance import corrupted, payload_of, shard_key, shard_of
 from lmcache.tiers import OK, ShardKey, frame
 from lmcache.tiers.disk.shard_index import RECORD
 from lmcache.tiers.disk.tier import DiskTier
@@ -59,6 +61,22 @@ def test_a_whole_frame_is_unpacked_and_nothing_of_another_is(secret: bytes) -> N
         assert frame.unpack(made, KEY, memoryview(into), secret) == outcome
         assert into == (payload if outcome == OK else b"x" * size)
     assert frame.unpack(stored, shard_key(2), memoryview(bytearray(3000)), secret) == frame.OTHER_SHARD
+
+
+@pytest.mark.parametrize("secret", [b"", bytes(range(32))], ids=["plain", "keyed"])
+def test_no_random_corruption_is_unpacked(secret: bytes) -> None:
+    """The many, since each takes microseconds here; the suites of the tiers try some hundreds on each store."""
+    dice, key = random.Random(12), shard_key(1)
+    for size in (64, 200, 1500):
+        into = memoryview(bytearray(size))
+        stored, other = (
+            frame.make_header(one, bytes(16), payload_of(one, size), secret) + payload_of(one, size)
+            for one in (key, shard_key(2))
+        )
+        assert frame.unpack(stored, key, into, secret) == OK
+        outcomes = Counter(frame.unpack(corrupted(stored, other, dice), key, into, secret) for _ in range(20_000))
+        assert outcomes.keys() <= set(frame.DAMAGE) and into == payload_of(key, size), "nothing was copied either"
+        assert len(outcomes) >= 6
 
 
 def test_a_reader_written_from_the_page_reads_a_disk_tier(tmp_path: Path) -> None:

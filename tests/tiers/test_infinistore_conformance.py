@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("infinistore")
 class TestInfiniStore(ConformanceSuite):
     hard_cap = False
     least_recent_goes = False
-    corruptions = 10_000
+    corruptions = 300
 
     @pytest.fixture(autouse=True)
     def _store(self, infinistore: InfiniStoreServer) -> None:

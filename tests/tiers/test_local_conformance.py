@@ -36,7 +36,7 @@ class TestDisk(ConformanceSuite):
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
         disk_files.replace_frame(tier, key, stored)
 
-    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
+    def bytes_in_store(self, place: Path, tier: Tier) -> int:
         return disk_files.filesystem_bytes(place / "tier")
 
 
@@ -46,11 +46,14 @@ class TestDiskBuffered(TestDisk):
 
 
 class TestDiskEncoded(EncodedSuite, TestDisk):
+    corruptions = 500
+
     def url(self, place: Path) -> str:
         return f"disk://{place}/tier?codec=pack12"
 
 
 class TestDirectory(ConformanceSuite):
+    corruptions = 1000
     least_recent_goes = False
     """Times of use are a minute apart: test_directory.py has a test of its own."""
 
@@ -63,7 +66,7 @@ class TestDirectory(ConformanceSuite):
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
         self.file(place, key).write_bytes(stored)
 
-    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
+    def bytes_in_store(self, place: Path, tier: Tier) -> int:
         return disk_files.filesystem_bytes(place / "tier")
 
     def file(self, place: Path, key: ShardKey) -> Path:
@@ -72,6 +75,8 @@ class TestDirectory(ConformanceSuite):
 
 
 class TestDirectoryEncoded(EncodedSuite, TestDirectory):
+    corruptions = 500
+
     def url(self, place: Path) -> str:
         return f"dir://{place}/tier?codec=pack12"
 

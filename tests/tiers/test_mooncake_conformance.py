@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("mooncake")
 class TestMooncake(ConformanceSuite):
     hard_cap = False
     least_recent_goes = False
-    corruptions = 10_000
+    corruptions = 300
 
     @pytest.fixture(autouse=True)
     def _store(self, mooncake: tuple[MooncakeMaster, MooncakeClient]) -> None:

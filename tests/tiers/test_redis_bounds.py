@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, TierError, frame
-from lmcache.tiers.redis.tier import FULL, RedisTier, booked_bytes
+from lmcache.tiers.redis import tier as tier_module
+from lmcache.tiers.redis.booking import booked_bytes
+from lmcache.tiers.redis.tier import FULL, RedisTier
 from proxy import Proxy
 from servers import eventually
 from stores import RedisServer, load, shards_of, tier_of
@@ -280,3 +283,20 @@ def test_a_clear_that_is_cut_off_is_gone_on_with_and_stores_wait_for_it(
     assert {OK} < set(load(second, shards[::15])) <= {OK, ABSENT}
     eventually(lambda: stores(second, shards[:1]))
     _is_alone(empty, shards[0])
+
+
+def test_a_clear_that_never_ends_is_given_up(empty: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = opened(empty)
+    filled(empty, 3000)
+    with monkeypatch.context() as patch:
+        patch.setattr(tier_module, "_CLEAR_SECONDS", 0.0)
+        with pytest.raises(TierError, match="not empty after 0 s of a clear; clear it again") as caught:
+            tier.clear()
+        assert caught.value.reason == "timeout"
+        patch.setattr(tier_module, "_CLEAR_SECONDS", 0.5)
+        patch.setattr(tier_module, "_unlink_all", lambda connection, pattern: itertools.repeat(None))
+        with pytest.raises(TierError, match="not empty"):  # the server says for ever that there is more
+            tier.clear()
+    tier.clear()
+    assert not empty.raw.keys("*/*")
+    assert tier.store(shards_of(1, 10)) == [OK]

@@ -20,8 +20,9 @@ import valkey
 from lmcache.errors import ConfigError
 from lmcache.testing.conformance import ConformanceSuite, EncodedSuite
 from lmcache.tiers import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, frame
+from lmcache.tiers.redis.booking import PART_BYTES, booked_bytes
 from lmcache.tiers.redis.remedies import RIGHTS
-from lmcache.tiers.redis.tier import FULL, PART_BYTES, RedisTier, booked_bytes
+from lmcache.tiers.redis.tier import FULL, RedisTier
 from lmcache.tiers.registry import make_tier, make_tiers
 from proxy import Proxy
 from servers import PATIENCE, beside, eventually, free_port, signed_by_itself
@@ -739,7 +740,7 @@ def test_a_server_that_is_no_cluster_is_named(empty: RedisServer) -> None:
 
 
 class TestConformance(ConformanceSuite):
-    corruptions = 500
+    corruptions = 300
 
     @pytest.fixture(autouse=True)
     def _store(self, empty: RedisServer) -> None:
@@ -768,7 +769,7 @@ class TestConformance(ConformanceSuite):
         if len(payload) > parts * PART_BYTES:
             self.store.raw.append(f"{name}.{parts - 1:x}", payload[parts * PART_BYTES :])
 
-    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
+    def bytes_in_store(self, place: Path, tier: Tier) -> int:
         pipeline = self.store.raw.pipeline(transaction=False)
         for name in self.store.raw.keys(f"{{{self.tag(place)}}}*"):
             pipeline.memory_usage(name)

@@ -751,7 +751,7 @@ def test_a_url_that_cannot_be_used_is_a_configuration_error(url: str, message: s
 
 
 class TestConformance(ConformanceSuite):
-    corruptions = 200
+    corruptions = 100
     largest_bytes = 20 * MIB
 
     @pytest.fixture(autouse=True)
@@ -775,7 +775,7 @@ class TestConformance(ConformanceSuite):
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
         obstore.put(self.seaweed.store(), f"{self.prefix(place)}/{key.text}", stored)
 
-    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
+    def bytes_in_store(self, place: Path, tier: Tier) -> int:
         return sum(listing(self.seaweed, self.prefix(place)).values())
 
 

@@ -23,10 +23,16 @@ from stores import ACCESS, SECRET, Seaweed, load, shards_of, tier_of
 pytestmark = [pytest.mark.xdist_group("s3"), pytest.mark.usefixtures("credentials")]
 TOKENS = 160
 """Of a prompt: ten chunks, and so ten objects."""
-ANSWERS = pytest.mark.parametrize(
-    ("status", "code", "reason"),
-    [(503, "SlowDown", "slow down"), (403, "AccessDenied", "denied"), (400, "ExpiredToken", "denied")],
+SLOW_DOWN, DENIED, EXPIRED = (
+    (503, "SlowDown", "slow down"),
+    (403, "AccessDenied", "denied"),
+    (400, "ExpiredToken", "denied"),
 )
+
+
+def answered(answer: tuple[int, str, str]) -> pytest.MarkDecorator:
+    """Each test of a server is of one answer: what all answers to all requests are called is tested on the tier alone."""
+    return pytest.mark.parametrize(("status", "code", "reason"), [answer])
 
 
 @pytest.fixture
@@ -88,7 +94,7 @@ def ends_well(cache: Server, engine: Any) -> None:
     assert "Traceback" not in log and ACCESS not in log and SECRET not in log
 
 
-@ANSWERS
+@answered(SLOW_DOWN)
 def test_while_stores_fail_hits_go_on_and_what_waits_is_stored_later(
     start: Callable[[], Server], engine: Callable[..., Any], through: HTTPProxy, status: int, code: str, reason: str
 ) -> None:
@@ -131,7 +137,7 @@ def test_while_stores_fail_hits_go_on_and_what_waits_is_stored_later(
     ends_well(cache, one)
 
 
-@ANSWERS
+@answered(EXPIRED)
 def test_while_loads_fail_lookups_are_misses_and_nothing_is_removed(
     start: Callable[[], Server],
     engine: Callable[..., Any],
@@ -172,7 +178,7 @@ def test_while_loads_fail_lookups_are_misses_and_nothing_is_removed(
     ends_well(cache, one)
 
 
-@ANSWERS
+@answered(DENIED)
 def test_a_server_that_starts_before_an_s3_in_trouble_has_it_later(
     start: Callable[[], Server], engine: Callable[..., Any], through: HTTPProxy, status: int, code: str, reason: str
 ) -> None:
@@ -205,4 +211,28 @@ def test_one_slow_down_is_tried_again_and_a_denial_is_not(seaweed: Seaweed, thro
     with pytest.raises(TierError, match=r"GET was denied .403 AccessDenied."):
         load(one, shards)
     assert through.failed["GET"] == 4 and load(one, shards) == [OK]
+    one.close()
+
+
+@pytest.mark.parametrize(("status", "code", "reason"), [SLOW_DOWN, DENIED, EXPIRED])
+def test_every_request_that_is_refused_has_its_reason(
+    seaweed: Seaweed, through: HTTPProxy, status: int, code: str, reason: str
+) -> None:
+    one, shards = tier_of(seaweed.url(f"trouble/{code}", port=through.port)), shards_of(2, 1000)
+    assert one.store(shards[:1]) == [OK]
+    keys = [shard.key for shard in shards]
+    calls: dict[str, Callable[[], Any]] = {
+        "PUT": lambda: one.store(shards[1:]),
+        "GET": lambda: load(one, shards[:1]),
+        "HEAD": lambda: one.contains(keys[:1]),
+        "DELETE": lambda: one.remove(keys[:1]),
+        "LIST": one.clear,
+    }
+    for verb, call in calls.items():
+        through.fail(verb, status, code)
+        with pytest.raises(TierError, match=f"{verb} was .*{status}") as caught:
+            call()
+        assert caught.value.reason == reason, verb
+        through.heal()
+    assert one.contains(keys) == [True, False]
     one.close()

@@ -45,7 +45,7 @@ class TestConformance(ConformanceSuite):
     def replace_frame(self, place: Path, tier: Tier, key: ShardKey, stored: bytes) -> None:
         disk_files.replace_frame(part_of(tier, key), key, stored)
 
-    def filesystem_bytes(self, place: Path, tier: Tier) -> int:
+    def bytes_in_store(self, place: Path, tier: Tier) -> int:
         return sum(disk_files.filesystem_bytes(place / folder) for folder in ("a", "b"))
 
 

@@ -36,6 +36,8 @@ OTHERS = {
     "INSECURE_NO_AUTH": "1: an engine sends KV to a server on another host that has proved nothing. Only for closed networks.",
     "USE_UPSTREAM_MP": "1: under vLLM, use vLLM's own connector class instead of LMCache's, with fewer features.",
     "ALLOW_SERVER_UID": "The user id of a server of another user, whose memory this engine may map.",
+    "CONTROLLER_SERVERS": "The HTTP addresses of servers that the router of vLLM's production stack asks, with commas. Default: "
+    "http://127.0.0.1:8080.",
     "GPU_STAGING_MB": "MiB of GPU memory for the staging rings of a rank. Default: 128.",
 }
 """Variables with this prefix that other modules read -> what they are for."""

@@ -178,6 +178,10 @@ def _check_together(config: ServerConfig, given: Mapping[str, Given]) -> None:
             f"{said('host')} lets other hosts in: pass --auth-key-file FILE, "
             "or --insecure-no-auth if everybody on that network may read and write the cache"
         )
+    if any("://" in one for one in config.peers) and not config.auth_key_file:
+        raise ConfigError(
+            "--peers redis://...: a directory of servers needs --auth-key-file FILE, since others may write to the store"
+        )
     ports: dict[int, str] = {}
     for name in ("port", "http_port", "prometheus_port"):
         port = getattr(config, name)

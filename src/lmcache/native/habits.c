@@ -48,6 +48,8 @@ static void add_up(habits_t *h, unsigned row)
         }
         return;
     }
+    if (!h->seen[row - KINDS_AT])
+        return;
     double *used = h->used[row - KINDS_AT], *ended = h->ended[row - KINDS_AT];
     const double *live = h->live[row - KINDS_AT];
     for (int age = 0; age < AGES; age++) {
@@ -65,30 +67,41 @@ static void smooth(const double *from, double *to)
         to[age] = from[age] + 0.5 * ((age ? from[age - 1] : 0) + (age + 1 < AGES ? from[age + 1] : 0));
 }
 
+/* The worth at an age is the greatest slope from its point to the point of a later age, on the curve of the chance of a use by the
+ * time held. The points that matter are the corners of the curve's upper hull, which is built from its end. */
 static void derive_worth(const double *rates, float *worth)
 {
-    double lasting[AGES], held[AGES]; /* chance to last through an age, and expected time in it */
+    double lasting[AGES + 1], rest[AGES + 1]; /* chance to last until an age, and expected time from there on, times that chance */
+    double held[AGES];
+    int corners[AGES + 1], count = 0;
+    lasting[0] = 1;
     for (int age = 0; age < AGES; age++) {
-        double uses = rates[age] * lengths[age];
-        lasting[age] = exp(-uses);
-        held[age] = uses > 1e-9 ? (1 - lasting[age]) / rates[age] : lengths[age];
+        double uses = rates[age] * lengths[age], through = exp(-uses);
+        held[age] = uses > 1e-9 ? (1 - through) / rates[age] : lengths[age];
+        lasting[age + 1] = lasting[age] * (through > 1e-4 ? through : 1e-4); /* 0 would have no slope */
     }
-    for (int age = 0; age < AGES; age++) {
-        double survives = 1, time = 0, best_chance = 0, best_time = 1;
-        for (int end = age; end < AGES; end++) {
-            time += survives * held[end];
-            survives *= lasting[end];
-            if ((1 - survives) * best_time > best_chance * time) {
-                best_chance = 1 - survives;
-                best_time = time;
-            }
+    rest[AGES] = 0;
+    corners[count++] = AGES;
+    for (int age = AGES; age-- > 0;) {
+        rest[age] = rest[age + 1] + lasting[age] * held[age];
+        double slope = (lasting[age] - lasting[corners[count - 1]]) / (rest[age] - rest[corners[count - 1]]), next;
+        for (; count > 1; count--, slope = next) { /* along the hull slopes grow to the greatest one */
+            next = (lasting[age] - lasting[corners[count - 2]]) / (rest[age] - rest[corners[count - 2]]);
+            if (next < slope)
+                break;
         }
-        worth[age] = (float)(best_chance / best_time);
+        worth[age] = (float)slope;
+        corners[count++] = age;
     }
 }
 
 static void derive(habits_t *h, unsigned row)
 {
+    if (row >= KINDS_AT && !h->seen[row - KINDS_AT]) {
+        h->version++;
+        memcpy(h->worth[row], h->worth[above(row)], sizeof h->worth[row]);
+        return;
+    }
     double ends[AGES], uses[AGES], watched[AGES], smooth_uses[AGES], smooth_watched[AGES], total = 0;
     for (int age = 0; age < AGES; age++) {
         const double *live = row < KINDS_AT ? NULL : h->live[row - KINDS_AT];
@@ -134,7 +147,8 @@ static void advance(habits_t *h, unsigned steps)
 
 void lmcache_habits_prompt(habits_t *h)
 {
-    unsigned prompts = h->prompts++ < 256 ? 16 : 128;
+    unsigned prompts = h->prompts < 256 ? 16 : h->prompts < 4096 ? 128 : 256;
+    h->prompts++;
     advance(h, (2 * ROWS - 1 + prompts - 1) / prompts);
 }
 
@@ -191,6 +205,7 @@ static PyObject *habits_restore(PyObject *self, PyObject *arg)
     }
     memcpy(h->used, bytes, sizeof h->used);
     memcpy(h->ended, bytes + sizeof h->used, sizeof h->ended);
+    memset(h->seen, 1, sizeof h->seen);
     memset(h->sums, 0, sizeof h->sums);
     h->step = 0;
     h->prompts = 256;

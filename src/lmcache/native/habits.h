@@ -28,12 +28,13 @@ typedef struct {
     double ended[KINDS][AGES]; /* no longer watched at this age: used again, left behind, or forgotten; those
                                   that were watched only from an age on, as another kind before, count negatively at that age */
     double live[KINDS][AGES];  /* watched, and of this age now */
+    uint8_t seen[KINDS];       /* whether there is or was any of this kind */
     /* By row: 0 stands for all kinds, KINDS_AT and following for one kind each, the others for groups of kinds. */
     double sums[KINDS_AT][2][AGES]; /* while they are added up: uses, and ends of any kind with what is live */
     double rates[KINDS_AT][AGES];   /* uses a second */
     float worth[ROWS][AGES];
     uint32_t step;    /* of the computation of rates and worths, which goes round and round */
-    uint32_t version; /* changes whenever a worth does */
+    uint64_t version; /* how many rows have been derived, which happens in the order of rows */
     uint64_t prompts; /* learned from */
 } habits_t;
 
@@ -89,7 +90,8 @@ static inline unsigned left_kind(uint32_t count, uint32_t left)
     return FINE + count_code(count) * SIZES + size_code(left);
 }
 
-/* Notes that another prompt has come, and goes on with the computation: all rows within 128 prompts, of the first 256 within 16. */
+/* Notes that another prompt has come, and goes on with the computation: all rows within 256 prompts, at first
+ * within 16. */
 void lmcache_habits_prompt(habits_t *habits);
 
 #endif

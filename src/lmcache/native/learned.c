@@ -80,12 +80,13 @@ struct learned {
     uint64_t filled[KINDS];         /* likewise for each age of the kind */
     float least[KINDS];      /* the least worth among those */
     uint8_t least_age[KINDS];
-    uint32_t version; /* of the habits that `least` was computed from */
+    uint64_t version; /* of the habits that `least` was computed from */
     news_t waiting[WAITING];
     unsigned waiting_count;
     uint32_t *path; /* room for the notes of a prompt */
     size_t path_room;
     uint32_t growing; /* the group of the last chunks that were stored without a lookup, or NONE */
+    uint32_t rows;    /* in the table, when all prompts that wait have been learned from */
     uint32_t unknown; /* rows without a note, because memory was short */
 };
 
@@ -286,7 +287,16 @@ static void set_root(learned_t *l, const group_t *group, uint32_t root)
     l->filled[kind] = root == NONE ? ages & ~age : ages | age;
     if (l->filled[kind] == ages)
         return;
-    find_least(l, kind);
+    if (root == NONE) {
+        if (l->least_age[kind] == group->age)
+            find_least(l, kind);
+    } else {
+        float worth = l->habits->worth[KINDS_AT + kind][group->age];
+        if (worth < l->least[kind] || (worth == l->least[kind] && group->age > l->least_age[kind])) {
+            l->least[kind] = worth;
+            l->least_age[kind] = group->age;
+        }
+    }
     if (l->filled[kind])
         l->kinds[kind / 64] |= (uint64_t)1 << kind % 64;
     else
@@ -388,6 +398,7 @@ static void enter_age(learned_t *l, uint32_t id, int age)
     else
         l->first[age] = id;
     l->last[age] = id;
+    l->habits->seen[group->kind] = 1;
     l->habits->live[group->kind][age] += (double)group->left / group->size;
 }
 
@@ -528,7 +539,7 @@ static void forget(table_t *t, uint32_t id)
 static void forget_old(table_t *t, size_t accesses)
 {
     learned_t *l = t->learned;
-    uint64_t most = (uint64_t)GHOSTS * t->attached;
+    uint64_t most = (uint64_t)GHOSTS * l->rows;
     most = most < LEAST_GHOSTS ? LEAST_GHOSTS : most > MOST_GHOSTS ? MOST_GHOSTS : most;
     for (size_t left = 2 * accesses + 16; left > 0 && l->cursor != NONE; left--) {
         uint32_t id = l->cursor;
@@ -697,6 +708,7 @@ static void change_kind(learned_t *l, uint32_t id, uint32_t tokens)
     l->habits->live[group->kind][group->age] -= weight;
     l->habits->ended[group->kind][group->age] += weight;
     group->kind = (uint16_t)answered_kind(group->kind, tokens);
+    l->habits->seen[group->kind] = 1;
     l->habits->live[group->kind][group->age] += weight;
     l->habits->ended[group->kind][group->age] -= weight;
     if (in_heap)
@@ -788,6 +800,7 @@ static void learned_inserted(table_t *t, uint32_t id)
 {
     learned_t *l = t->learned;
     settle(t);
+    l->rows++;
     record_t *r = at(t, id);
     uint32_t note = find_from(l, *bucket_of(t, r->key), r->key);
     if (note == NONE)
@@ -824,6 +837,7 @@ static void learned_removed(table_t *t, uint32_t id)
     learned_t *l = t->learned;
     uint32_t note = at(t, id)->older;
     settle(t);
+    l->rows--;
     if (note == NONE) {
         l->unknown--;
         return;
@@ -843,16 +857,23 @@ static uint32_t evictable_unknown(const table_t *t)
     return NONE;
 }
 
+/* Rows are derived one after the other, so those that have changed since the last call are the last ones. */
+static void note_new_worths(learned_t *l)
+{
+    uint64_t changed = l->habits->version - l->version;
+    unsigned row = (unsigned)((l->habits->version + ROWS - 1) % ROWS);
+    for (changed = changed < ROWS ? changed : ROWS; changed > 0; changed--, row = row ? row - 1 : ROWS - 1)
+        if (row >= KINDS_AT && l->filled[row - KINDS_AT])
+            find_least(l, row - KINDS_AT);
+    l->version = l->habits->version;
+}
+
 static int learned_victim(table_t *t, uint32_t *id)
 {
     learned_t *l = t->learned;
     settle(t);
     grow_older(l);
-    int changed = l->version != l->habits->version;
-    for (unsigned word = 0; changed && word < KINDS / 64 + 1; word++)
-        for (uint64_t left = l->kinds[word]; left; left &= left - 1)
-            find_least(l, 64 * word + (unsigned)__builtin_ctzll(left));
-    l->version = l->habits->version;
+    note_new_worths(l);
     for (;;) {
         uint32_t chosen = NONE;
         float least = INFINITY;

@@ -96,14 +96,19 @@ class Roster:
     # What other threads have found
 
     def _resolve(self) -> None:
-        listed = self._directory.look_up() if self._directory is not None else []
-        found = resolve(list(dict.fromkeys([*self._names, *listed])))
+        found = None
+        try:
+            listed = self._directory.look_up() if self._directory is not None else []
+            found = resolve(list(dict.fromkeys([*self._names, *listed])))
+        except Exception:  # top of the thread: the next look-up must come
+            logger.exception("Looking up the peers failed; the last ones stay")
         self._soon(partial(self._resolved, found))
 
-    def _resolved(self, found: dict[Name, list[str] | str]) -> None:
-        self._resolving, self._resolved_at, self._addresses = False, self._now(), found
-        if self._closed:
+    def _resolved(self, found: dict[Name, list[str] | str] | None) -> None:
+        self._resolving, self._resolved_at = False, self._now()
+        if self._closed or found is None:
             return
+        self._addresses = found
         behind = {name: self._behind.get(name) if isinstance(one, str) else one for name, one in found.items()}
         self._behind = {name: one for name, one in behind.items() if one is not None}
         known = dict.fromkeys(address for addresses in self._behind.values() for address in addresses)

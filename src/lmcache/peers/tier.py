@@ -33,8 +33,8 @@ from lmcache.peers.roster import Roster
 from lmcache.runtime import Runtime
 from lmcache.tiers import ABSENT, OK, AsyncTier, ShardKey, TierError, Usage
 from lmcache.tiers.operation import Clear, Close, Contains, Load, Open, Operation, Remove
+from lmcache.tiers.redis.address import nodes_of, prefix_of
 from lmcache.tiers.redis.leases import Leases
-from lmcache.tiers.redis.tier import nodes_of, prefix_of
 from lmcache.tiers.url import TierURL, parse_url
 from lmcache.wire import messages as m
 

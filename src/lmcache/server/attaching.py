@@ -55,6 +55,8 @@ class Attaching:
         """The URL of each attached tier, with its secrets."""
         self._making = set[str]()
         """URLs that SIGHUP has brought and whose tiers a thread makes now."""
+        self.failed = set[str]()
+        """URLs that SIGHUP has brought and that could not be attached. The next one tries again, also by the same settings."""
         self._opening: dict[TierRunner, Done] = {}
         """Tiers that are being opened, and who waits for that."""
         self._draining: dict[TierRunner, tuple[float, Done]] = {}
@@ -162,10 +164,12 @@ class Attaching:
         for text in old:
             if text not in new:
                 self._making.discard(text)
+                self.failed.discard(text)
             if text not in new and text in mine:
                 self.remove(mine.pop(text), partial(_log, "SIGHUP"))
         for at in reversed(range(len(new))):  # the farthest first, so that each finds the one behind it
-            if new[at] not in mine and new[at] not in old:
+            if new[at] not in mine and (new[at] not in old or new[at] in self.failed):
+                self.failed.discard(new[at])
                 self._making.add(new[at])
                 self._workers.submit(self.make, new[at]).add_done_callback(
                     partial(self._made, new[at], tuple(new[at + 1 :]))
@@ -183,6 +187,7 @@ class Attaching:
             try:
                 self.add(made.result(), text, partial(_log, "SIGHUP"), before, keeps=True)
             except ConfigError as error:
+                self.failed.add(text)
                 logger.error("SIGHUP: %s", error)
 
         self._loop.call_soon(add)

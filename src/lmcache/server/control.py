@@ -17,10 +17,6 @@ class Control(Protocol):
     controller: Controller
     """The same for this server and its fellows, as scripts of the public project ask."""
 
-    def use_token(self, token: str) -> None:
-        """Send this token to other servers from now on."""
-        ...
-
     def health(self) -> tuple[bool, str]:
         """Return whether the server serves, and if not the reason."""
         ...

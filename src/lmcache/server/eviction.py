@@ -31,6 +31,8 @@ class Eviction:
 
     def __init__(self, name: str, path: Path | None = None) -> None:
         self.name, self._path = name, path
+        self.answers = 0
+        """How many answers engines have told the length of."""
         self.habits = Habits() if name == "learned" else None
         if self.habits is not None and path is not None:
             _read(path, self.habits)

@@ -105,10 +105,13 @@ class HttpEndpoint:
             raise ConfigError(f"--http-port {self.port}: the HTTP endpoint did not start; the log says why")
 
     def use_token(self, token: str) -> None:
-        """Ask callers on other hosts for this token from now on ("": refuse them), and send it to other servers. Any thread may
-        call."""
-        self._control.use_token(token)
+        """Ask callers on other hosts for this token from now on; "": refuse them. Any thread may call."""
         self._config = dataclasses.replace(self._config, api_token=token)
+
+    @property
+    def token(self) -> str:
+        """The token that callers on other hosts need now; "" if they are refused."""
+        return self._config.api_token
 
     @property
     def serving(self) -> bool:

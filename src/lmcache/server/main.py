@@ -315,6 +315,7 @@ def _open_http(config: ServerConfig, report: Report, started: ExitStack) -> Http
     from lmcache.server.http import HttpEndpoint
 
     endpoint = HttpEndpoint(config, report)
+    report.api_token = lambda: endpoint.token
     endpoint.start()
     started.callback(endpoint.stop)
     return endpoint

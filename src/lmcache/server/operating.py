@@ -16,7 +16,7 @@ from typing import Annotated
 import msgspec
 
 from lmcache.cache.allocator import Space
-from lmcache.cache.managing import Listed, Pin
+from lmcache.cache.managing import REMOVED_AT_ONCE, Listed, Pin
 from lmcache.chunks import HASH_BYTES, split_hashes
 from lmcache.config.server import ServerConfig
 from lmcache.errors import ConfigError
@@ -32,9 +32,9 @@ from lmcache.tiers import ShardKey
 logger = init_logger(__name__)
 MOST_PIN_SECONDS = 7 * 86400.0
 LISTED = 1000
-"""How many records of L1 one page of a list looks at, at most."""
-_AT_ONCE = 64
-"""How many chunks one call in the loop's thread removes or describes, so that engines wait for some 100 us and not for all."""
+"""How many chunks one page of a list has, at most."""
+_LISTED_AT_ONCE, _MOST_LOOKED_AT = 50, 20000
+"""Records that are looked at in one turn of the loop, and for one page, which has fewer chunks then."""
 _TIER_SECONDS = 1.0
 """How long a lookup waits for tiers; what has not answered by then is left out, and named."""
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=MOST_PIN_SECONDS)]
@@ -145,39 +145,27 @@ class Operating:
             Unknown: no such model or space.
         """
 
-        def where() -> tuple[list[int], str]:
-            l1 = self._service.l1
-            numbers = [one.number for one in l1.spaces if one.number >= space]
-            if model:
-                numbers = [one for one in numbers if self._service.model_of(one) == model]
-            if (model and not numbers and space < 0) or (space >= 0 and l1.space(space) is None):
-                raise Unknown(f"{model[:200] or space}: L1 has nothing of this {'model' if model else 'space'}")
-            return numbers, self._service.model_of(numbers[0]) if numbers else ""
-
-        numbers, name = self._loop.ask(where)
-        if not numbers:
-            return {"objects": [], "next": None}
-        number, rest, found = numbers[0], (after + 1 if numbers[0] == space else 1), list[Listed]()
-        while limit > 0 and rest:
-            some, rest = self._loop.ask(partial(self._service.l1.listed, number, rest, min(limit, _AT_ONCE)))
-            found, limit = found + some, limit - _AT_ONCE
-        rows = [
-            {
-                "hash": one.key.hex(),
-                "parent": one.parent.hex() if any(one.parent) else None,
-                "model": name,
-                "space": number,
-                "bytes": one.size_bytes,
-                "complete": one.complete,
-                "readers": one.readers,
-                "pinned": one.pinned,
-            }
-            for one in found
-        ]
-        following = {"space": number, "after": rest - 1} if rest else None
-        if following is None and len(numbers) > 1:
-            following = {"space": numbers[1], "after": 0}
-        return {"objects": rows, "next": following}
+        l1, first = self._service.l1, after + 1
+        numbers = self._loop.ask(lambda: [one.number for one in l1.spaces if one.number >= space])
+        if space >= 0 and space not in numbers:
+            raise Unknown(f"space {space}: L1 has no such space")
+        rows: list[dict[str, object]] = []
+        named, looked = False, 0
+        for number in numbers:
+            name = self._loop.ask(partial(self._service.model_of, number))
+            named |= not model or name == model
+            first = first if number == space else 1
+            while first and named and (not model or name == model):
+                if len(rows) >= limit or looked >= _MOST_LOOKED_AT:
+                    return {"objects": rows, "next": {"space": number, "after": first - 1}}
+                found, first = self._loop.ask(
+                    partial(l1.listed, number, first, min(_LISTED_AT_ONCE, limit - len(rows)))
+                )
+                rows += (_row(one, number, name) for one in found)
+                looked += _LISTED_AT_ONCE
+        if not named and space < 0 and model:
+            raise Unknown(f"{model[:200]}: L1 has nothing of this model")
+        return {"objects": rows, "next": None}
 
     # Pins
 
@@ -259,10 +247,9 @@ class Operating:
         found, chosen = self._named(prompt), self._tiers(prompt.tiers)
         removed, size, kept = 0, 0, Counter[str]()
         for one in found:
-            step = _AT_ONCE * HASH_BYTES
-            for at in reversed(range(0, len(one.hashes), step)):  # from the prompt's end on, as `remove` does
-                part = one.hashes[at : at + step]
-                done = self._loop.ask(partial(self._service.l1.remove, one.model.spaces, part))
+            step = REMOVED_AT_ONCE * HASH_BYTES
+            for at in reversed(range(0, len(one.hashes), step)):
+                done = self._loop.ask(partial(self._service.l1.remove, one.model.spaces, one.hashes[at : at + step]))
                 removed, size = removed + done.chunks, size + done.size_bytes
                 kept.update(done.kept)
             if chosen:
@@ -339,6 +326,20 @@ class Operating:
 def _lacking(space: Space, keys: Sequence[bytes]) -> list[bytes]:
     """Return those of these chunks that the space does not have."""
     return [key for key in keys if space.table.get(key) < 0]
+
+
+def _row(one: Listed, space: int, model: str) -> dict[str, object]:
+    """Return a chunk as JSON."""
+    return {
+        "hash": one.key.hex(),
+        "parent": one.parent.hex() if any(one.parent) else None,
+        "model": model,
+        "space": space,
+        "bytes": one.size_bytes,
+        "complete": one.complete,
+        "readers": one.readers,
+        "pinned": one.pinned,
+    }
 
 
 class _Failed(Exception):

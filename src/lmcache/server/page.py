@@ -1,7 +1,7 @@
 """The status page for people: one file without a build step, which loads nothing from elsewhere.
 
-It is the same for everybody and contains no state of the server. Its script asks for /status, /fetches and /history, and the
-browser runs no other script, because the policy names the hash of this one.
+It is the same for everybody and contains no state of the server. Its script asks for /healthcheck, /status, /requests and
+/history, and the browser runs no other script, because the policy names the hash of this one.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class Prefetches:
         """End a prefetch that runs: its queued loads are dropped, and those that run go on. Raises what `describe` does."""
         one = self._of(name)
         if one.state == LOADING:
-            self._end(one, CANCELLED)
+            self._finish(one, CANCELLED)
         return one.described(self._loop.now())
 
     def _of(self, name: str) -> Prefetch:
@@ -163,7 +163,7 @@ class Prefetches:
         try:
             self._load(one)
         except Refusal as error:
-            self._end(one, FAILED, str(error))
+            self._finish(one, FAILED, str(error))
 
     def _load(self, one: Prefetch) -> None:
         """Go on with the slice that is being loaded, or with the next one."""
@@ -181,18 +181,18 @@ class Prefetches:
         if coming:
             return
         if found >= one.chunks:
-            self._end(one, DONE)
+            self._finish(one, DONE)
         elif found >= one.end:
             one.end = min(one.chunks, found + one.step)
             self._heard(Event("stored", 0, 0))
         elif one.tries + 1 < _TRIES:
             one.tries, one.retry_at = one.tries + 1, now + _RETRY_SECONDS
         else:
-            self._end(
+            self._finish(
                 one, PARTIAL if found else ABSENT, "no tier has delivered the rest; GET /fetches says what each did"
             )
 
-    def _end(self, one: Prefetch, state: str, reason: str = "") -> None:
+    def _finish(self, one: Prefetch, state: str, reason: str = "") -> None:
         assert self._tiering is not None
         one.state, one.reason, one.ended = state, reason, self._loop.now()
         self._running.pop(one.name, None)

@@ -57,7 +57,7 @@ class Reloading:
         set_format(new.log_format)
         if self._http is not None:
             self._http.use_token(new.api_token)
-        if any(option.name in _TIERS for option in changed):
+        if any(option.name in _TIERS for option in changed) or self._attaching.failed:
             self._attaching.change(self._urls_of(self._given), urls)
         self._given = new
         used = ", ".join(option.key for option in changed if option.name in _CHANGEABLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
@@ -40,15 +41,12 @@ class Report:
         self._config, self._loop, self._service, self._attaching = config, loop, service, attaching
         self.operating = Operating(config, loop, service, instance_name(config))
         here = Here(self.operating, self.clear, self.health)
-        self._token = config.api_token
-        others = [There(url, lambda: self._token) for url in config.control_peers]
+        self.api_token: Callable[[], str] = lambda: config.api_token
+        """Returns the token in force, which SIGHUP may have changed."""
+        others = [There(url, lambda: self.api_token()) for url in config.control_peers]
         self.controller = Controller([here, *others], loop.runtime)
         self._history = History(loop.now, loop.runtime.wall, self._counters)
         loop.on_tick.append(self._history.tick)
-
-    def use_token(self, token: str) -> None:
-        """Send this token to other servers from now on."""
-        self._token = token
 
     def health(self) -> tuple[bool, str]:
         """Return (True, "") if the loop's thread answers, which runs L1 and the engine endpoints, and the arena file exists."""
@@ -260,6 +258,7 @@ class Report:
             "eviction": {
                 "policy": self._service.eviction.name,
                 "prompts_learned_from": self._service.eviction.prompts,
+                "answers_learned_from": self._service.eviction.answers,
             },
             "engines": [
                 {
@@ -325,6 +324,8 @@ class Report:
             kind, _, reason = name.partition(":")
             if reason:
                 out[f'{kind}_chunks_total{{reason="{reason}"}}'] = value
+        out[f'eviction_policy{{policy="{service.eviction.name}"}}'] = 1
+        out["eviction_prompts_total"] = service.eviction.prompts
         if service.recording is not None:
             out["trace_recorded_events_total"] = service.recording.recorded
             out["trace_lost_events_total"] = service.recording.lost

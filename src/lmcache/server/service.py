@@ -327,6 +327,7 @@ class Service:
         if request.answered is not None:
             space, last, tokens = request.answered
             self.l1.answered(self._now(), peer.process, space, last, tokens)
+            self.eviction.answers += 1
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
             self.accounts.forget(peer.process, name)

@@ -44,6 +44,22 @@ SIZES = (
 MIB = 1 << 20
 _HANGS_SECONDS = 600.0
 """A test fails if one of its calls takes longer."""
+_A_THIRD = -3
+_DAMAGED = (
+    (0, frame.NOT_A_FRAME),
+    (8, frame.OTHER_VERSION),
+    (20, frame.OTHER_SHARD),
+    (52, frame.NEWER_CODEC),
+    (54, frame.OTHER_VERSION),
+    (57, frame.OTHER_SIZE),
+    (70, frame.CHECKSUM),
+    (90, frame.CHECKSUM),
+    (120, frame.CHECKSUM),
+    (128, frame.CHECKSUM),
+    (_A_THIRD, frame.CHECKSUM),
+    (-1, frame.CHECKSUM),
+)
+"""A byte of a frame, from its end if negative (`_A_THIRD`: a third of the payload before it), and the name of its damage."""
 _OPERATIONS = {one.method: one for one in (Open, Contains, Load, Store, Remove, Clear, Close)}
 
 
@@ -329,7 +345,7 @@ class ConformanceSuite:
         dice, cap = random.Random(5), self.small_cap_bytes
         with self.opened(tmp_path, cap) as tier:
             stored = 0
-            for number in range(150):
+            for number in range(75):
                 shards = [
                     self.shard_of(shard_key(number * 100 + one), dice.choice((10, 2048, 5000, 65536, 300_000, 2 * MIB)))
                     for one in range(dice.randint(1, 6))
@@ -392,21 +408,8 @@ class ConformanceSuite:
     def test_damage_is_a_miss_with_its_name_and_goes(self, tmp_path: Path) -> None:
         with self.opened(tmp_path) as tier:
             for number, size in enumerate((2048, 100_000, 9 * MIB + 5)):
-                for place, expected in (
-                    (0, frame.NOT_A_FRAME),
-                    (8, frame.OTHER_VERSION),
-                    (20, frame.OTHER_SHARD),
-                    (52, frame.NEWER_CODEC),
-                    (54, frame.OTHER_VERSION),
-                    (57, frame.OTHER_SIZE),
-                    (70, frame.CHECKSUM),
-                    (90, frame.CHECKSUM),
-                    (120, frame.CHECKSUM),
-                    (128, frame.CHECKSUM),
-                    (-size // 3, frame.CHECKSUM),
-                    (-1, frame.CHECKSUM),
-                ):
-                    key = shard_key(1000 * number + place % 500)
+                for place, expected in _DAMAGED if size < MIB else _DAMAGED[-4:]:  # a large one's header is no other
+                    key, place = shard_key(1000 * number + abs(place)), -size // 3 if place == _A_THIRD else place
                     tier.store([self.shard_of(key, size)])
                     stored = bytearray(self.stored_frame(tmp_path, tier, key))
                     assert len(stored) == frame.HEADER_BYTES + size or self.kv_dtype
@@ -456,17 +459,19 @@ class ConformanceSuite:
                 done += len(keys)
 
     def test_keyed_frames(self, tmp_path: Path) -> None:
-        place, key = tmp_path / "store", shard_key(1)
+        place = tmp_path / "store"
         files = [tmp_path / "one.key", tmp_path / "two.key"]
         for number, path in enumerate(files):
             path.touch(0o600)
             path.write_bytes(bytes([number + 1]) * frame.KEY_BYTES)
-        for size in (1000, 300_000):
-            for written, read in ((files[0], files[1]), (files[0], None), (None, files[0])):
-                with self.opened(place, key_file=written) as tier:
+        sizes = {shard_key(1): 1000, shard_key(2): 300_000}
+        for written, read in ((files[0], files[1]), (files[0], None), (None, files[0])):
+            with self.opened(place, key_file=written) as tier:
+                for key, size in sizes.items():
                     assert tier.store([self.shard_of(key, size)]) == [OK]
                     assert load_one(tier, key, size) == (OK, self.payload_of(key, size))
-                with self.opened(place, key_file=read) as tier:
+            with self.opened(place, key_file=read) as tier:
+                for key, size in sizes.items():
                     self.misses(tier, key, size, (frame.CHECKSUM, frame.OTHER_VERSION))
 
     # ---- helpers of the tests

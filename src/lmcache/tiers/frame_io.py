@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
 from lmcache.tiers import frame
-from lmcache.tiers.disk.segments import frame_bytes, offset_of
+from lmcache.tiers.disk.segments import frame_bytes, is_large, offset_of
 from lmcache.tiers.filesystem import BLOCK_BYTES, Bounces, Filesystem, address_of, blocks, is_aligned
 from lmcache.tiers.tier import Shard, ShardKey
 
@@ -50,6 +50,22 @@ class Found(NamedTuple):
 
 Decoded = Callable[[int, int], None] | None
 """As in `TierBase`."""
+
+
+def groups_to_write(numbers: list[int], shards: Sequence[Shard]) -> Iterator[list[int]]:
+    """Yield groups of these shards, all large or all packed, for one call of `write_large` or `write_packed` each."""
+    group: list[int] = []
+    size = 0
+    for number in numbers:
+        one = frame_bytes(shards[number].payload.nbytes)
+        limit = GROUP_BYTES if is_large(shards[number].payload.nbytes) else BOUNCE_BYTES
+        if group and (size + one > limit or len(group) == GROUP_FRAMES):
+            yield group
+            group, size = [], 0
+        group.append(number)
+        size += one
+    if group:
+        yield group
 
 
 class FrameIO:

@@ -169,8 +169,8 @@ def _entries(content: memoryview) -> Iterator[tuple[int, int, memoryview, int]]:
 def _replay(content: memoryview) -> tuple[Records, int, int, int]:
     """Return the remaining shards, oldest use first; the highest segment; the end of the last entry; and the next number.
 
-    A place is never reused, so a shard remains when it was put and its place never removed, in whatever order; of two shards
-    with the same tag the later one replaced the other.
+    A shard remains if after its put neither its place was removed, nor another shard put there, nor one with the same tag put
+    anywhere, which has replaced it.
     """
     bodies: dict[int, list[memoryview]] = {PUT: [], REMOVE: [], USE: []}
     counts: dict[int, list[int]] = {PUT: [], REMOVE: [], USE: []}
@@ -186,19 +186,12 @@ def _replay(content: memoryview) -> tuple[Records, int, int, int]:
     removed = np.frombuffer(b"".join(bodies[REMOVE]), "<u8")
     used = np.frombuffer(b"".join(bodies[USE]), "<u8")
     last_segment = int(put["place"].max() >> np.uint64(32)) if len(put) else 0
-    there = ~np.isin(put["place"], removed)
-    records, last_use = put[there], _times(firsts[PUT], counts[PUT])[there]
-    if len(records):
-        by_place = np.argsort(records["place"])
-        sorted_places = records["place"][by_place]
-        at = np.minimum(np.searchsorted(sorted_places, used), len(records) - 1)
-        known = sorted_places[at] == used
-        np.maximum.at(last_use, by_place[at[known]], _times(firsts[USE], counts[USE])[known])
-        records = records[np.argsort(last_use)]
-    newest_first = records[::-1]
-    _, kept = np.unique(newest_first["tag"], return_index=True)
-    if len(kept) != len(records):
-        records = newest_first[np.sort(kept)][::-1]
+    last_use = _times(firsts[PUT], counts[PUT])
+    there = _is_last(put["tag"]) & _is_last(put["place"])
+    there &= _last_times(removed, _times(firsts[REMOVE], counts[REMOVE]), put["place"]) < last_use
+    records, last_use = put[there], last_use[there]
+    np.maximum(last_use, _last_times(used, _times(firsts[USE], counts[USE]), records["place"]), out=last_use)
+    records = records[np.argsort(last_use)]
     return records, last_segment, end, number
 
 
@@ -208,3 +201,20 @@ def _times(firsts: list[int], counts: list[int]) -> npt.NDArray[Any]:
     within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     times: npt.NDArray[Any] = np.repeat(np.asarray(firsts, np.int64), sizes) + within
     return times
+
+
+def _is_last(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return for each element whether no equal one follows."""
+    last = np.zeros(len(values), bool)
+    last[len(values) - 1 - np.unique(values[::-1], return_index=True)[1]] = True
+    return last
+
+
+def _last_times(places: npt.NDArray[Any], times: npt.NDArray[Any], asked: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the last of the `times` (which ascend) at which each place that is asked for was among `places`; -1 if never."""
+    if not len(places):
+        return np.full(len(asked), -1, np.int64)
+    known, last = np.unique(places[::-1], return_index=True)
+    at = np.minimum(np.searchsorted(known, asked), len(known) - 1)
+    found: npt.NDArray[Any] = np.where(known[at] == asked, times[::-1][last[at]], -1)
+    return found

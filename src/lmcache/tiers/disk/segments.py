@@ -1,15 +1,17 @@
 """The *segments* of a disk tier: the files that hold its frames.
 
-A segment is written from start to end. Where its frames have been removed, holes are punched into it, and when it holds no
-frame it is deleted. All sizes are counted in *blocks* of 4096 bytes, the unit of direct I/O.
+A segment is written from start to end. Where its frames have been removed, later ones are written, or holes are punched into it,
+and when it holds no frame it is deleted. All sizes are counted in *blocks* of 4096 bytes, the unit of direct I/O.
 
 A frame with a payload of 64 KiB or more is *large*: its payload begins at a block, and its header follows in a block of its
 own, so that direct I/O needs no copy. Smaller frames are *packed* one after another: header, payload, padding to 64 bytes; each
 store call begins a new block, and a block is freed together with its last frame. Large and packed frames have separate files.
 
-The *place* of a frame says where it lies: number of the segment << 32 | offset in the file / 64. No two frames ever have the
-same place. A frame is freed in two steps, since the file system may be slow: `free` makes its blocks *pending*, and later `punch`
-or `delete` returns them to the file system.
+The *place* of a frame says where it lies: number of the segment << 32 | offset in the file / 64. A frame is freed in two steps,
+since the file system may be slow: `free` makes its blocks *pending*, and later `punch` or `delete` returns them to the file
+system. Before that, `reserve_freed` may give them to other frames. A full tier does so with nearly all of them: a file system
+takes longer to free blocks and to allocate others (with `discard` the device does, too) than to write to those that it has.
+Whoever still reads a frame that was freed finds another shard's header or a wrong checksum.
 """
 
 from __future__ import annotations
@@ -41,6 +43,13 @@ class BlockRange(NamedTuple):
     size: int
 
 
+class Run(NamedTuple):
+    """Places of frames that are written one after another into one segment."""
+
+    segment: Segment
+    places: list[int]
+
+
 class Handle:
     """A file descriptor that is closed when the last reference to the handle is gone."""
 
@@ -54,12 +63,12 @@ class Handle:
 class Segment:
     """One file of `size` bytes. tail: the offset of the next frame. used: bytes of blocks in use or pending. frames: how many.
 
-    made: the file exists. gone: the file has been deleted, or is being deleted.
+    made: the file exists. gone: the file has been deleted, or is being deleted. reuses: how often frames got blocks of others.
     """
 
     def __init__(self, path: Path, number: int, packed: bool, size: int) -> None:
         self.path, self.number, self.packed, self.size = path, number, packed, size
-        self.tail = self.used = self.frames = 0
+        self.tail = self.used = self.frames = self.reuses = 0
         self.sharers = bytearray()
         """The number of frames in each block of a packed file."""
         self.handle: Handle | None = None
@@ -87,6 +96,11 @@ def cost_of(payloads: Iterable[int]) -> int:
     """Return the most bytes that frames of these payload sizes, all large or all packed, add to `Segments.bytes`."""
     sizes = [frame_bytes(one) for one in payloads]
     return blocks(sum(sizes)) + _FRAME_COST * len(sizes) + _FILE_COST
+
+
+def cost_of_reuse(frames: int) -> int:
+    """Return the bytes that so many frames add to `Segments.bytes` in blocks that others have left."""
+    return _FRAME_COST * frames
 
 
 def offset_of(place: int) -> int:
@@ -136,8 +150,8 @@ class Segments:
             self._filesystem.unlink(path)
             self.next_number = max(self.next_number, number + 1)
 
-    def reserve(self, payloads: list[int]) -> tuple[Segment, list[int]]:
-        """Reserve blocks for frames with these payloads, all large or all packed. Return the segment, and each frame's place."""
+    def reserve(self, payloads: list[int]) -> Run:
+        """Reserve new blocks, at the end of a segment, for frames with these payloads, all large or all packed."""
         packed = not is_large(payloads[0])
         sizes = [frame_bytes(one) for one in payloads]
         size = blocks(sum(sizes))
@@ -149,26 +163,62 @@ class Segments:
             segment = Segment(self._path(number, packed), number, packed, max(size, self._segment_bytes))
             self._tails[packed] = self._all[number] = segment
             self.bytes += segment.cost
-        at, found = segment.tail, []
+        at = segment.tail
         segment.tail += size
         segment.used += size
-        segment.frames += len(sizes)
-        self.bytes += size + len(sizes) * _FRAME_COST
+        self.bytes += size
         if packed:
             segment.sharers += bytes(segment.tail // BLOCK_BYTES - len(segment.sharers))
+        return self._occupy(segment, at, sizes)
+
+    def reserve_freed(self, payloads: list[int]) -> list[Run]:
+        """Reserve pending blocks for frames with these payloads, all large or all packed; return [] where they do not all fit."""
+        packed = not is_large(payloads[0])
+        sizes = [frame_bytes(one) for one in payloads]
+        if sum(sizes) > self.freed_bytes:
+            return []
+        self._pending = _merged(self._pending)
+        fitted: list[tuple[int, int, int]] = []
+        """The number of a pending range, and the first of the frames that fit there, and the one behind them."""
+        placed = 0
+        for number, freed in enumerate(self._pending):
+            if freed.segment.packed != packed or freed.segment.gone:
+                continue
+            first, left = placed, freed.size
+            while placed < len(sizes) and sizes[placed] <= left:
+                left -= sizes[placed]
+                placed += 1
+            if placed > first:
+                fitted.append((number, first, placed))
+            if placed == len(sizes):
+                break
+        else:
+            return []
+        runs = []
+        for number, first, behind in reversed(fitted):
+            freed, some = self._pending[number], sizes[first:behind]
+            taken = blocks(sum(some))
+            self._pending[number : number + 1] = _behind(freed, taken)
+            self.freed_bytes -= taken
+            freed.segment.reuses += 1
+            runs.append(self._occupy(freed.segment, freed.offset, some))
+        return runs[::-1]
+
+    def _occupy(self, segment: Segment, at: int, sizes: list[int]) -> Run:
+        """Account for frames of these sizes, one after another, in blocks that are counted as used. Return their places."""
+        segment.frames += len(sizes)
+        self.bytes += len(sizes) * _FRAME_COST
+        found = []
         for one in sizes:
             found.append(segment.number << 32 | at // UNIT_BYTES)
-            if packed:
+            if segment.packed:
                 for block in range(at // BLOCK_BYTES, -(-(at + one) // BLOCK_BYTES)):
                     segment.sharers[block] += 1
             at += one
-        return segment, found
+        return Run(segment, found)
 
     def free(self, place: int, payload_bytes: int) -> None:
-        """Free a frame. The blocks that no other frame uses become pending, for the caller of `take_pending`.
-
-        For each range it calls either `punch` and `settle` or, if the segment `is_spent`, `delete` and `forget`.
-        """
+        """Free a frame. The blocks that no other frame uses become pending."""
         segment, at = self[place], offset_of(place)
         size = frame_bytes(payload_bytes)
         segment.frames -= 1
@@ -183,20 +233,23 @@ class Segments:
                 self._pending.append(BlockRange(segment, block * BLOCK_BYTES, BLOCK_BYTES))
                 self.freed_bytes += BLOCK_BYTES
 
-    def take_pending(self) -> list[BlockRange]:
-        """Return all pending ranges, adjacent ones as one, and forget them. The caller returns them to the file system."""
-        pending, self._pending = sorted(self._pending, key=lambda one: (one.segment.number, one.offset)), []
-        merged: list[BlockRange] = []
-        for one in pending:
-            last = merged[-1] if merged else None
-            if last and last.segment is one.segment and last.offset + last.size == one.offset:
-                merged[-1] = last._replace(size=last.size + one.size)
-            else:
-                merged.append(one)
-        return merged
+    @property
+    def pending_ranges(self) -> int:
+        """Return how many ranges are pending."""
+        return len(self._pending)
 
-    def put_back(self, ranges: Iterable[BlockRange]) -> None:
-        """Make ranges pending again, because they could not be returned to the file system."""
+    def take_pending(self) -> list[BlockRange]:
+        """Return all pending ranges, adjacent ones as one, and forget them. The caller returns them to the file system.
+
+        For each range it calls either `punch` and `settle` or, if `claim_spent` says so, `delete` and `forget`. `put_back` is for
+        those that it could not return.
+        """
+        pending, self._pending = _merged(self._pending), []
+        return pending
+
+    def put_back(self, ranges: list[BlockRange]) -> None:
+        """Make ranges pending again, because the first of them could not be returned to the file system."""
+        ranges[0].segment.gone = False
         self._pending += ranges
 
     def settle(self, freed: BlockRange) -> None:
@@ -205,13 +258,16 @@ class Segments:
         self.bytes -= freed.size
         self.freed_bytes -= freed.size
 
-    def is_spent(self, segment: Segment) -> bool:
-        """Return whether the file exists, holds no frame and will get none. The caller must then `delete` and `forget` it."""
-        return not (segment.gone or segment.frames or segment in self._tails.values())
+    def claim_spent(self, segment: Segment) -> bool:
+        """Return whether the segment holds no frame and is not about to get one. It gets none from then on, and the caller must
+        `delete` and `forget` it."""
+        if segment.gone or segment.frames or segment in self._tails.values():
+            return False
+        segment.gone = True
+        return True
 
     def forget(self, segment: Segment) -> None:
         """Account for a segment that has been deleted."""
-        segment.gone = True
         del self._all[segment.number]
         self.bytes -= segment.cost
         self.freed_bytes -= segment.used
@@ -290,3 +346,21 @@ class Segments:
             beyond = len(sharers) * BLOCK_BYTES
             if status.st_size > beyond:
                 self._filesystem.punch(fd, beyond, blocks(status.st_size) - beyond)
+
+
+def _merged(ranges: Iterable[BlockRange]) -> list[BlockRange]:
+    """Return the ranges in the order of their places, adjacent ones as one."""
+    merged: list[BlockRange] = []
+    for one in sorted(ranges, key=lambda one: (one.segment.number, one.offset)):
+        last = merged[-1] if merged else None
+        if last and last.segment is one.segment and last.offset + last.size == one.offset:
+            merged[-1] = last._replace(size=last.size + one.size)
+        else:
+            merged.append(one)
+    return merged
+
+
+def _behind(freed: BlockRange, taken: int) -> list[BlockRange]:
+    """Return what is left of a range without its first bytes, if anything."""
+    left = freed._replace(offset=freed.offset + taken, size=freed.size - taken)
+    return [left] if left.size else []

@@ -1,20 +1,19 @@
 """`disk:///var/lib/lmcache?max_gb=200`: a directory on a local disk, which one server uses alone.
 
-Segments hold the frames (`segments`, `frame_io`), a journal records their places (`journal`), and an index of the journal is in
-memory (`shard_index`). The order of writes makes a crash safe at any point: a frame is written before the journal records it and
-acknowledged after that; an eviction is in the journal before its blocks are freed. Space is counted before it is used.
+Segments hold the frames (`segments`, `frame_io`, `reads`), a journal records their places (`journal`), and an index of the
+journal is in memory (`shard_index`). The order of writes makes a crash safe at any point: a frame is written before the journal
+records it and acknowledged after that; an eviction is in the journal before its blocks are freed. Space is counted before it is
+used.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,12 +23,21 @@ from lmcache.runtime import RUNTIME, Runtime
 from lmcache.tiers import frame
 from lmcache.tiers.disk.folder import can_be_direct, part_of_free, take_folder
 from lmcache.tiers.disk.journal import PUT, REMOVE, STEP_BYTES, USE, Journal, places
-from lmcache.tiers.disk.segments import Segment, Segments, cost_of, frame_bytes, is_large, offset_of
+from lmcache.tiers.disk.reads import LANES, Hit, Reader
+from lmcache.tiers.disk.segments import (
+    Run,
+    Segments,
+    cost_of,
+    cost_of_reuse,
+    frame_bytes,
+    is_large,
+    offset_of,
+)
 from lmcache.tiers.disk.shard_index import MAX_PAYLOAD_BYTES, RECORD, ShardIndex, tag_of
 from lmcache.tiers.disk.stripes import StripedTier
 from lmcache.tiers.filesystem import BLOCK_BYTES, FULL, Filesystem, blocks, named_errors, tier_error
-from lmcache.tiers.frame_io import BOUNCE_BYTES, GROUP_BYTES, GROUP_FRAMES, UNREADABLE, Found, FrameIO
-from lmcache.tiers.threads import each_in_pool, started_pool
+from lmcache.tiers.frame_io import UNREADABLE, Found, FrameIO, groups_to_write
+from lmcache.tiers.threads import started_pool
 from lmcache.tiers.tier import ABSENT, KEPT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
@@ -39,21 +47,15 @@ _FIXED_BYTES = 4 * BLOCK_BYTES
 """Bytes of the directory and the lock file."""
 _SEGMENT_BYTES = (1 << 20, 1 << 30)
 """Bounds of a segment's size, which is otherwise 1/64 of the cap."""
-_LANES = 4
-"""Threads that read for one call, and threads that compute checksums."""
-_LANE_BYTES = 4 << 20
-"""A smaller call is not spread over threads."""
+_SUMS = 4
+"""Threads that compute checksums."""
 _ENTRY_RECORDS = 1024
 """The most removals or uses in one entry of the journal, which must fit into the space that is allocated ahead."""
+_KEPT_RANGES, _NEARLY_FULL = 256, 7 / 8
+"""A nearly full tier keeps so many ranges for its next stores. Each reservation looks at all of them."""
 _PAUSE_SECONDS = 2.0
 """How long no more shards are dropped after the file system was full although older shards had been dropped."""
 log = init_logger(__name__)
-
-
-class _Hit(NamedTuple):
-    number: int
-    found: Found
-    segment: Segment
 
 
 class DiskTier(Tier):
@@ -122,7 +124,7 @@ class DiskTier(Tier):
     def load(self, keys: Sequence[ShardKey], into: Sequence[memoryview]) -> list[str]:
         with self._call():
             outcomes = [ABSENT] * len(keys)
-            hits: list[_Hit] = []
+            hits: list[Hit] = []
             with self._lock:
                 for number, (key, buffer) in enumerate(zip(keys, into, strict=True)):
                     row = self._index.find(key.packed)
@@ -130,11 +132,13 @@ class DiskTier(Tier):
                         continue
                     place = self._index.place(row)
                     stored = self._index.payload(row)
-                    hits.append(_Hit(number, Found(place, key, buffer, stored), self._segments[place]))
+                    segment = self._segments[place]
+                    hits.append(Hit(number, Found(place, key, buffer, stored), segment, segment.reuses))
                     if stored > buffer.nbytes:  # fewer bytes may be encoded, as their header then says
                         outcomes[number] = frame.OTHER_SIZE
+            readable = [hit for hit in hits if outcomes[hit.number] != frame.OTHER_SIZE]
             failed: list[OSError] = []
-            for number, outcome in self._read([hit for hit in hits if outcomes[hit.number] != frame.OTHER_SIZE]):
+            for number, outcome in self._reader.read(readable, self.decoded):
                 if isinstance(outcome, OSError):
                     failed.append(outcome)
                     outcome = UNREADABLE
@@ -166,11 +170,11 @@ class DiskTier(Tier):
                         wanted[is_large(size)].append(number)
                 self._use(kept)
             for numbers in wanted.values():
-                for group in _groups(numbers, shards):
+                for group in groups_to_write(numbers, shards):
                     said = self._store_group([shards[number] for number in group])
                     for number, outcome in zip(group, said, strict=True):
                         outcomes[number] = outcome
-            if self._segments.freed_bytes:
+            if self._segments.freed_bytes and not self._keeps_freed():
                 with named_errors(self._where):
                     self._give_back()
         if again:
@@ -216,10 +220,10 @@ class DiskTier(Tier):
 
     def _mount(self) -> None:
         self._closing.callback(os.close, take_folder(self._filesystem, self._path, self._where))
-        sums = started_pool(self._runtime, _LANES, "lmcache-disk-sum")
+        sums = started_pool(self._runtime, _SUMS, "lmcache-disk-sum")
         self._closing.callback(sums.shutdown)
-        self._readers = started_pool(self._runtime, _LANES, "lmcache-disk-read")
-        self._closing.callback(self._readers.shutdown)
+        readers = started_pool(self._runtime, LANES, "lmcache-disk-read")
+        self._closing.callback(readers.shutdown)
         direct = can_be_direct(self._filesystem, self._path, self._where, self._mode)
         self._io = FrameIO(self._filesystem, self._secret, sums, direct)
         self._max_bytes = self._asked_bytes or part_of_free(self._path)
@@ -227,6 +231,7 @@ class DiskTier(Tier):
         size = blocks(min(high, max(low, self._max_bytes // 64)))
         self._segments = Segments(self._filesystem, self._path, size, os.O_RDWR | (os.O_DIRECT if direct else 0))
         self._closing.callback(self._segments.close)
+        self._reader = Reader(self._segments, self._io, readers)
         self._journal = Journal(self._filesystem, self._path)
         self._closing.callback(self._journal.close)
         records, next_segment = self._journal.open()
@@ -338,7 +343,7 @@ class DiskTier(Tier):
             for number, freed in enumerate(pending):
                 segment = freed.segment
                 with self._lock:
-                    spent = self._segments.is_spent(segment)
+                    spent = self._segments.claim_spent(segment)
                 try:
                     if spent:
                         self._segments.delete(segment)
@@ -359,14 +364,12 @@ class DiskTier(Tier):
         payloads = [shard.payload.nbytes for shard in shards]
         for first in (True, False):
             with named_errors(self._where):
-                reserved = self._reserve(payloads)
-            if reserved is None:
+                runs = self._reserve(payloads)
+            if not runs:
                 break
-            segment, found = reserved
+            found = [place for run in runs for place in run.places]
             try:
-                handle = self._segments.open_handle(segment, create=True)
-                write = self._io.write_large if is_large(payloads[0]) else self._io.write_packed
-                write(handle.fd, offset_of(found[0]), shards)
+                self._write(runs, shards)
                 with self._lock:
                     return self._commit(shards, found)
             except OSError as error:
@@ -383,22 +386,46 @@ class DiskTier(Tier):
         half = len(shards) // 2
         return self._store_group(shards[:half]) + self._store_group(shards[half:])
 
-    def _reserve(self, payloads: list[int]) -> tuple[Segment, list[int]] | None:
-        """Count and take space for the payloads, evicting for it; return None where that fails. Raises OSError."""
-        cost = cost_of(payloads)
+    def _write(self, runs: list[Run], shards: list[Shard]) -> None:
+        """Write shards to the places that were reserved for them. Raises OSError."""
+        write = self._io.write_large if is_large(shards[0].payload.nbytes) else self._io.write_packed
+        first = 0
+        for segment, some in runs:
+            handle = self._segments.open_handle(segment, create=True)
+            write(handle.fd, offset_of(some[0]), shards[first : first + len(some)])
+            first += len(some)
+
+    def _reserve(self, payloads: list[int]) -> list[Run]:
+        """Count and take space for the payloads, evicting for it; return [] where that fails. Raises OSError."""
         while True:
             with self._lock:
                 if self._now() < self._full_until:
-                    return None
-                count = len(self._index)
-                index = self._index_bytes(count + len(payloads)) - self._index_bytes(count)
-                over = self._used() + cost + index - self._max_bytes
-                if over <= 0:
-                    return self._segments.reserve(payloads)
+                    return []
+                runs, over = self._take_space(payloads)
+                if runs:
+                    return runs
                 more = over - self._segments.freed_bytes
                 if more > 0 and not self._evict(max(more, self._slack() // 4)) and not self._segments.freed_bytes:
-                    return None
+                    return []
+                runs, _ = self._take_space(payloads)
+                if runs:
+                    return runs
             self._give_back()
+
+    def _keeps_freed(self) -> bool:
+        """Return whether freed blocks stay allocated, because the next stores will need as many."""
+        return self._segments.pending_ranges <= _KEPT_RANGES and self._used() > _NEARLY_FULL * self._max_bytes
+
+    def _take_space(self, payloads: list[int]) -> tuple[list[Run], int]:
+        """Take freed space, else new space below the cap. Where there is neither, return [] and how many bytes are missing."""
+        count = len(self._index)
+        index = self._index_bytes(count + len(payloads)) - self._index_bytes(count)
+        room = self._max_bytes - self._used() - index
+        runs = self._segments.reserve_freed(payloads) if room >= cost_of_reuse(len(payloads)) else []
+        cost = cost_of(payloads)
+        if not runs and room >= cost:
+            runs = [self._segments.reserve(payloads)]
+        return runs, cost - room
 
     def _commit(self, shards: list[Shard], found: list[int]) -> list[str]:
         """Record written shards in the journal and index them. Raises OSError, after which nothing has changed."""
@@ -438,49 +465,9 @@ class DiskTier(Tier):
 
     # ---- loading
 
-    def _read(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
-        """Read all hits and return (number, outcome) of each, in several threads when there is much to read."""
-        hits = sorted(hits, key=lambda hit: hit.found.place)
-        total = sum(hit.found.stored_bytes for hit in hits)
-        lanes = min(_LANES, len(hits), 1 + total // _LANE_BYTES)
-        if lanes <= 1:
-            return self._read_lane(hits)
-        each, share = total / lanes, 0
-        parts: list[list[_Hit]] = [[] for _ in range(lanes)]
-        for hit in hits:
-            parts[min(lanes - 1, int(share / each))].append(hit)
-            share += hit.found.stored_bytes
-        return list(itertools.chain.from_iterable(each_in_pool(self._readers, self._read_lane, parts)))
-
-    def _read_lane(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
-        """Read hits file by file in one thread."""
-        outcomes: list[tuple[int, str | OSError]] = []
-        large = [hit for hit in hits if is_large(hit.found.stored_bytes)]
-        for _, of_file in itertools.groupby(large, key=lambda hit: hit.segment.number):
-            some = list(of_file)
-            try:
-                handle = self._segments.open_handle(some[0].segment)
-                said = self._io.read_large(handle.fd, [hit.found for hit in some], self.decoded)
-                outcomes += [(hit.number, one) for hit, one in zip(some, said, strict=True)]
-            except OSError as error:
-                outcomes += [(hit.number, _outcome_of(error)) for hit in some]
-        packed = [hit for hit in hits if not is_large(hit.found.stored_bytes)]
-        for _, of_file in itertools.groupby(packed, key=lambda hit: hit.segment.number):
-            outcomes += self._read_packed(list(of_file))
-        return outcomes
-
-    def _read_packed(self, hits: list[_Hit]) -> list[tuple[int, str | OSError]]:
-        try:
-            handle = self._segments.open_handle(hits[0].segment)
-            said = self._io.read_packed(handle.fd, [hit.found for hit in hits], self.decoded)
-        except OSError as error:
-            if len(hits) == 1:
-                return [(hits[0].number, _outcome_of(error))]
-            return [one for hit in hits for one in self._read_packed([hit])]  # perhaps only one of them is unreadable
-        return [(hit.number, outcome) for hit, outcome in zip(hits, said, strict=True)]
-
-    def _after_load(self, hits: list[_Hit], outcomes: list[str]) -> None:
-        """Mark loaded shards as used and drop damaged ones. One that was dropped during the read is absent, not damaged."""
+    def _after_load(self, hits: list[Hit], outcomes: list[str]) -> None:
+        """Mark loaded shards as used and drop damaged ones. One that was dropped during the read is absent, not damaged. So is
+        one that may have been dropped and stored again, at the same place."""
         used, damaged = [], []
         with self._lock:
             for hit in hits:
@@ -488,7 +475,7 @@ class DiskTier(Tier):
                 there = bool(row) and self._index.place(row) == hit.found.place
                 if outcomes[hit.number] == OK:
                     used += [row] if there else []
-                elif there:
+                elif there and hit.segment.reuses == hit.reuses:
                     damaged.append(row)
                 else:
                     outcomes[hit.number] = ABSENT
@@ -502,27 +489,6 @@ class DiskTier(Tier):
                 log.warning("%s: damaged shards could not be removed, and stay misses: %s", self._where, error.strerror)
 
 
-def _groups(numbers: list[int], shards: Sequence[Shard]) -> Iterator[list[int]]:
-    """Yield groups of shards to write at once: all large or all packed, and no more than the buffers hold."""
-    group: list[int] = []
-    size = 0
-    for number in numbers:
-        one = frame_bytes(shards[number].payload.nbytes)
-        limit = GROUP_BYTES if is_large(shards[number].payload.nbytes) else BOUNCE_BYTES
-        if group and (size + one > limit or len(group) == GROUP_FRAMES):
-            yield group
-            group, size = [], 0
-        group.append(number)
-        size += one
-    if group:
-        yield group
-
-
 def _parts(rows: list[int]) -> Iterator[list[int]]:
     for at in range(0, len(rows), _ENTRY_RECORDS):
         yield rows[at : at + _ENTRY_RECORDS]
-
-
-def _outcome_of(error: OSError) -> str | OSError:
-    """Return the outcome of a failed read: a missing file is damage, any other error may be the device's."""
-    return frame.TRUNCATED if error.errno == errno.ENOENT else error

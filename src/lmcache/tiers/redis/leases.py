@@ -53,7 +53,8 @@ class Leases:
             raise
 
     def renew(self, text: str, seconds: float) -> list[bytes]:
-        """Keep this text for so long from now on ("" to keep none), and return all texts that live, with this one.
+        """Keep this text for so long from now on ("" to keep none), and return all texts that live, with this one. seconds: the
+        same for all texts under one key, since the key ends with the text that was written last.
 
         Raises:
             TierError: the store does not answer, or not as it should.

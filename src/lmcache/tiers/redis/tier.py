@@ -7,27 +7,19 @@ itself records the shards, their sizes and times of last use: the cap holds for 
 
 from __future__ import annotations
 
-import re
-import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
-from urllib.parse import urlsplit
 
-from lmcache.config.options import integer, number, word
-from lmcache.errors import ConfigError
+from lmcache.config.options import number
 from lmcache.tiers import frame
-from lmcache.tiers.redis.nodes import Cluster, Nodes, Sentinels, with_sentinels_login
-from lmcache.tiers.redis.resp import Connection, Login, Moved, Node, Reply, ReplyError, ScriptLost
+from lmcache.tiers.redis.address import nodes_of, prefix_of
+from lmcache.tiers.redis.booking import PART_BYTES, booked_bytes, booking_of, parts_of
+from lmcache.tiers.redis.nodes import Nodes
+from lmcache.tiers.redis.resp import Connection, Moved, Node, Reply, ReplyError, ScriptLost
 from lmcache.tiers.redis.script import ADMITTED, DIGEST, ENOUGH_KEYS, MAX_PARTS, MORE, NOT_READY, SCRIPT
 from lmcache.tiers.tier import ABSENT, OK, Shard, ShardKey, Tier, TierError, Usage
 from lmcache.tiers.url import TierURL
 
-PART_BYTES = (4 << 20) - 64
-"""Values of 8 MiB and more run at a third of the speed; a little less than 4 MiB leaves room for the server's own header."""
-BOOKED_BYTES = 1024
-"""What a shard counts beside its parts: its header, the names of its keys, its record and its place in the order of use."""
-BOOKED_PART_BYTES = 256
-"""What each part counts beside its bytes: its key."""
 PARTITIONS = 64
 """Number of indexes in a cluster. Each has the chunks of one first byte modulo this number, and its share of `max_gb`."""
 TOO_LARGE, FULL = "too large", "full"
@@ -36,7 +28,8 @@ _NO_MEMORY = "no memory"
 """Outcome of a store before it becomes FULL: `maxmemory` is reached, so the oldest shards must go although the cap is not."""
 _PARTLY = "partly there"
 """Outcome of a load before it becomes ABSENT: only a part of the shard is left, which must be removed."""
-SENTINEL_PORT = 26379
+_CLEAR_SECONDS = 600.0
+"""A clear that lasts longer is given up, since a server may say for ever that there is more."""
 _WINDOW_BYTES = 64 << 20
 """A load asks for so many bytes ahead of reading, because the server holds replies in memory until they are read."""
 
@@ -132,7 +125,7 @@ class RedisTier(Tier):
 
         def say(connection: Connection, which: list[int]) -> None:
             last_try = connection.deadline - self._timeout_seconds / 2  # leaves time to write what is granted
-            left = [index for index in which if _parts(shards[index].payload.nbytes) <= MAX_PARTS]
+            left = [index for index in which if parts_of(shards[index].payload.nbytes) <= MAX_PARTS]
             while left:
                 for index in left:
                     self._reserve(connection, shards[index])
@@ -165,13 +158,16 @@ class RedisTier(Tier):
 
     def clear(self) -> None:
         self._must_be_open()
+        until = time.monotonic() + _CLEAR_SECONDS
         for tag in self._tags:
             left = self._everywhere("clear", [tag])
             while left:
+                self._must_go_on(until)
                 left = self._everywhere("usage", [tag])
         for node in self._nodes.all():
             with node.connection(self._deadline()) as connection:
                 for _ in _unlink_all(connection, self._pattern):
+                    self._must_go_on(until)
                     connection.deadline = self._deadline()
         self._everywhere("usage")
 
@@ -189,7 +185,7 @@ class RedisTier(Tier):
         """Ask for the header and as many parts as a payload that is not encoded has; an encoded one may have fewer."""
         name = self._name(key)
         connection.queue(b"GET", name)
-        for part in range(_parts(raw_bytes)):
+        for part in range(parts_of(raw_bytes)):
             connection.queue(b"GET", b"%b.%x" % (name, part))
 
     def _receive(self, connection: Connection, key: ShardKey, memory: memoryview) -> tuple[str, int]:
@@ -235,7 +231,7 @@ class RedisTier(Tier):
         not_encoded = booked_bytes(shard.coding.raw_bytes or size)
         self._script(
             *(connection, self._tag(shard.key), "reserve", most, self._lease_us, self._ttl_us),
-            *(*_booking(shard.key, size), not_encoded),
+            *(*booking_of(shard.key, size), not_encoded),
         )
 
     def _admission(self, connection: Connection, key: ShardKey) -> str:
@@ -253,13 +249,13 @@ class RedisTier(Tier):
             connection.send_value(
                 b"%b.%x" % (name, part), piece, checksum.update, b"PX", b"%d" % (self._lease_us // 1000)
             )
-        header, booking = checksum.header(shard.key, shard.parent, shard.coding), _booking(shard.key, payload.nbytes)
+        header, booking = checksum.header(shard.key, shard.parent, shard.coding), booking_of(shard.key, payload.nbytes)
         self._script(connection, self._tag(shard.key), "commit", self._ttl_us, header, *booking)
 
     def _written(self, connection: Connection, shard: Shard) -> str:
         """Read the replies to `_write` and return the outcome."""
         trouble = ""
-        for _ in range(_parts(shard.payload.nbytes)):
+        for _ in range(parts_of(shard.payload.nbytes)):
             reply = connection.reply()
             if isinstance(reply, ReplyError):
                 if reply.code != "OOM":
@@ -297,7 +293,7 @@ class RedisTier(Tier):
 
     def _touched_keys(self, payload_bytes: int) -> int:
         """Return how many keys of a shard a use writes: all of them for their expiry, or only its place in the order."""
-        return 2 + _parts(payload_bytes) if self._ttl_us else 1
+        return 2 + parts_of(payload_bytes) if self._ttl_us else 1
 
     def _touched(self, connection: Connection, calls: list[tuple[bytes, list[int]]], count: int) -> list[bool]:
         """Return which of the touched shards the accounting knows."""
@@ -314,7 +310,7 @@ class RedisTier(Tier):
         differing = [(key, size) for key, size, outcome in wrong if outcome in (OK, ABSENT)]
         most = (self._max_bytes or 0) // len(self._tags)
         for key, size in differing:
-            self._script(connection, self._tag(key), "mend", most, *_booking(key, size))
+            self._script(connection, self._tag(key), "mend", most, *booking_of(key, size))
         for key, _ in differing:
             self._said(connection, self._tag(key), connection.reply())
 
@@ -389,6 +385,11 @@ class RedisTier(Tier):
         if not self._is_open:
             raise TierError("closed", "the Redis tier is not open")
 
+    def _must_go_on(self, until: float) -> None:
+        """Raise TierError when a clear has lasted too long: its steps are bounded, but not how many a server asks for."""
+        if time.monotonic() >= until:
+            raise TierError("timeout", f"Redis is not empty after {_CLEAR_SECONDS:.0f} s of a clear; clear it again")
+
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_seconds
 
@@ -401,28 +402,6 @@ class RedisTier(Tier):
 
 class _TLSTier(RedisTier):
     scheme = "rediss"
-
-
-def booked_bytes(payload_bytes: int) -> int:
-    """Return what a shard counts against `max_gb`. Its memory in the server is not more (tests measure it)."""
-    full, rest = divmod(payload_bytes, PART_BYTES)
-    parts = full * _allocated(PART_BYTES) + (_allocated(rest) if rest else 0)
-    return BOOKED_BYTES + BOOKED_PART_BYTES * _parts(payload_bytes) + parts
-
-
-def _allocated(size: int) -> int:
-    """Return what jemalloc allocates for a value of that size: a multiple of a quarter of the power of two below it."""
-    size += 32
-    step = max(16, 1 << (size - 1).bit_length() - 3)
-    return -(-size // step) * step
-
-
-def _booking(key: ShardKey, payload_bytes: int) -> tuple[str, int, int]:
-    return key.text, booked_bytes(payload_bytes), _parts(payload_bytes)
-
-
-def _parts(payload_bytes: int) -> int:
-    return -(-payload_bytes // PART_BYTES)
 
 
 def _unlink_all(connection: Connection, pattern: str) -> Iterator[None]:
@@ -442,65 +421,3 @@ def _unlink_all(connection: Connection, pattern: str) -> Iterator[None]:
                 yield
             case other:
                 raise TierError("protocol", f"Redis at {connection.name}: unexpected answer {other!r:.80}")
-
-
-def prefix_of(text: str) -> str:
-    """Parse the beginning of the names of keys."""
-    if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", text):
-        raise ValueError("must be 1 to 64 letters, digits and _ . : -")
-    return text
-
-
-def nodes_of(url: TierURL) -> Nodes:
-    """Take from the URL who has the keys, and how to log in there."""
-    is_cluster = url.take("cluster", word("yes", "no"), "no") == "yes"
-    sentinel = url.take("sentinel", str, "")
-    database = url.path.strip("/") or "0"
-    if not url.host or not database.isdecimal() or (is_cluster and int(database)):
-        raise ConfigError(f"{url.redacted}: write redis://host:6379/0, with the number of a database (0 in a cluster)")
-    if sentinel and is_cluster:
-        raise ConfigError(f"{url.redacted}: a cluster has no Sentinels: leave out ?sentinel= or ?cluster=yes")
-    login = Login(url.username, url.take_password(), int(database), _tls(url))
-    limit = url.take("connections", integer(1, 64), 8)
-    others: list[tuple[str, int]] = url.take("also", _hosts, [])
-    sentinel_password = url.take_secret("sentinel_password_file")
-    if sentinel:
-        first = url.host, url.port or SENTINEL_PORT
-        return Sentinels([first, *others], login, limit, sentinel, with_sentinels_login(login, sentinel_password))
-    if others or sentinel_password:
-        raise ConfigError(f"{url.redacted}: also and sentinel_password_file need sentinel=NAME, the primary's name")
-    return (Cluster if is_cluster else Nodes)(url.host, url.port or 6379, login, limit)
-
-
-def _hosts(text: str) -> list[tuple[str, int]]:
-    found = []
-    for one in text.split(","):
-        parts = urlsplit(f"//{one}")
-        if not parts.hostname or parts.path:
-            raise ValueError(f"{one!r} is no HOST:PORT")
-        found.append((parts.hostname, parts.port or SENTINEL_PORT))
-    return found
-
-
-def _tls(url: TierURL) -> ssl.SSLContext | None:
-    files = {name: url.take(name, str, "") for name in ("ca_file", "cert_file", "cert_key_file")}
-    if url.scheme != "rediss":
-        for name, path in files.items():
-            if path:
-                raise ConfigError(f"{url.redacted}: {name} is for rediss://")
-        return None
-    try:
-        context = ssl.create_default_context(cafile=files["ca_file"] or None)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"{url.redacted}: cannot use ca_file {files['ca_file']}: {error}") from None
-    if files["cert_key_file"] and not files["cert_file"]:
-        raise ConfigError(f"{url.redacted}: cert_key_file needs cert_file, the client's certificate")
-    if files["cert_file"]:
-        try:
-            context.load_cert_chain(files["cert_file"], files["cert_key_file"] or None, password="")
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(
-                f"{url.redacted}: cannot use cert_file {files['cert_file']}: {error};"
-                " both files must be PEM, and the key of cert_key_file without a passphrase"
-            ) from None
-    return context
