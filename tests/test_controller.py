@@ -147,7 +147,8 @@ def test_the_process_in_front_of_servers_needs_their_token_and_its_own(
         listed = httpx.get(f"http://127.0.0.1:{port}/instances", timeout=PATIENCE, trust_env=False).json()
         assert listed["instances"] == [{"instance_id": "the-one", "host": host} for host in ("127.0.0.1", "localhost")]
         assert httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=PATIENCE, trust_env=False).status_code == 200
-        ask(port, "/cache/pins", {"tokens": [1]}, 404)
+        known = ask(port, "/cache/pins", {"tokens": [1]}, 404)["reason"]
+        assert "/query_instance" in known and "/cache/pins" not in known and "/metrics" not in known
     finally:
         assert shim.end() == 0
 

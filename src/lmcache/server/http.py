@@ -60,6 +60,16 @@ _PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-
 READS = "callers on the server's host, and those with the token"
 CHANGES = "callers on the server's host, and those with the token; never a web page without it"
 """Who may use the guarded routes of each kind. Everybody who reaches the port may use the others."""
+_OF_CONTROLLER = (
+    "the controller's GET /instances and POST /lookup, /pin, /clear, /move, /health, /query_instance, /check_finish"
+)
+_ROUTES = (
+    "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /requests, /history; "
+    "POST /cache/clear, /cache/lookup, /cache/delete; GET, POST and DELETE /cache/pins and /cache/prefetches; "
+    f"GET /cache/objects, /cache/models; {_OF_CONTROLLER}; "
+    "GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"
+)
+"""What there is, for those who ask for something else."""
 _HEADERS = [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
 
 
@@ -206,7 +216,8 @@ class HttpEndpoint:
                 *(Route(path, self._edge(self._livez)) for path in ("/healthcheck", "/healthz", "/livez")),
                 *controller,
             ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+        known = _ROUTES if self._whole else f"GET /healthcheck, /livez; {_OF_CONTROLLER}"
+        return Starlette(routes=routes, exception_handlers={HTTPException: functools.partial(_http_error, known)})
 
     def _edge(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Wrap a route: a TimeoutError becomes status 503; any other exception becomes 500 and is logged."""
@@ -501,15 +512,9 @@ def _without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(known: str, request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reason = {404: "no such path", 405: f"not with {request.method}"}.get(error.status_code, error.detail)
-    known = (
-        "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /requests, /history; "
-        "POST /cache/clear, /cache/lookup, /cache/delete; GET, POST and DELETE /cache/pins and /cache/prefetches; "
-        "GET /cache/objects, /cache/models; the controller's POST /lookup, /pin, /clear, /move, /health, /query_instance, "
-        "/check_finish; GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"
-    )
     response = _json({"status": "error", "reason": f"{reason}: there is {known}"}, error.status_code)
     response.headers.update(error.headers or {})
     return response
