@@ -59,6 +59,11 @@ MISSED_CHUNKS: dict[str, Reason] = {
         "The engine holds 4,096 hits that it has neither loaded nor given back.", "Restart an engine whose copies hang."
     ),
 }
+EVICTED: dict[str, Reason] = {
+    "room": Reason("Newer chunks needed the memory.", "`lmcache predict` says what more memory would give."),
+    "let go": Reason("An engine had read what was pulled from another server (--peer-keep no).", "Nothing."),
+    "deleted": Reason("An operator deleted the prompt.", "Nothing."),
+}
 HIT_CHUNKS: dict[str, Reason] = {
     "other split": Reason("Ranks of another tensor or pipeline parallel split have stored the chunks.", "Nothing."),
 }
@@ -188,6 +193,7 @@ TIER_FAILED: dict[str, Reason] = {
     "other": Reason("The tier has reported more than 128 kinds of outcomes.", "Look in the log."),
 }
 LOSSES: dict[str, dict[str, Reason]] = {
+    "evicted_chunks_by_reason_total": EVICTED,
     "hit_chunks_by_reason_total": HIT_CHUNKS,
     "missed_chunks_by_reason_total": MISSED_CHUNKS,
     "refused_chunks_by_reason_total": REFUSED,

@@ -92,9 +92,9 @@ class SchedulerSession(Session):
         self._others: list[int] = []
         """The spaces of the further groups."""
         self._reaches: list[int] = []
+        """How many chunks before the end of a hit each group needs; 0 for all of them."""
         self._takes_positions = self._takes_answers = False
         """Whether the server wants to know where prompts part, and how long answers are."""
-        """How many chunks before the end of a hit each group needs; 0 for all of them."""
         self._space, self._chunk_tokens, self._epoch, self._fingerprint = 0, 0, b"", b""
         self.misses: Counter[str] = Counter()
         """Lookups that became misses because they got no usable answer, by reason."""
