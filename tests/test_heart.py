@@ -14,7 +14,7 @@ import pytest
 from lmcache.cache import KINDS, SERVER, Event, Grant, Heart, Hit, Refusal, TooSmall
 from lmcache.cache.claims import MAX_LEASES
 from lmcache.cache.claims import Reservation as Held
-from lmcache.cache.table import Table, unpack
+from lmcache.cache.table import Habits, Table, unpack
 from lmcache.chunks import Split
 from lmcache.memory.slabs import NO_EXTENT
 from policies import TwoQueues
@@ -990,3 +990,9 @@ def test_they_hold_with_the_table_in_python(seed: int) -> None:
 @pytest.mark.parametrize("table_type", [PyTable, Table])
 def test_they_hold_with_another_policy(seed: int, table_type: Callable[..., Table]) -> None:
     live(seed, 500, lambda shards: table_type(shards, TwoQueues()), lru=False)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_they_hold_with_the_learned_policy(seed: int) -> None:
+    habits = Habits()
+    live(seed, 1_000, lambda shards: Table(shards, habits), lru=False)

@@ -86,6 +86,7 @@ struct learned {
     uint32_t *path; /* room for the notes of a prompt */
     size_t path_room;
     uint32_t growing; /* the group of the last chunks that were stored without a lookup, or NONE */
+    uint32_t rows;    /* in the table, when all prompts that wait have been learned from */
     uint32_t unknown; /* rows without a note, because memory was short */
 };
 
@@ -528,7 +529,7 @@ static void forget(table_t *t, uint32_t id)
 static void forget_old(table_t *t, size_t accesses)
 {
     learned_t *l = t->learned;
-    uint64_t most = (uint64_t)GHOSTS * t->attached;
+    uint64_t most = (uint64_t)GHOSTS * l->rows;
     most = most < LEAST_GHOSTS ? LEAST_GHOSTS : most > MOST_GHOSTS ? MOST_GHOSTS : most;
     for (size_t left = 2 * accesses + 16; left > 0 && l->cursor != NONE; left--) {
         uint32_t id = l->cursor;
@@ -788,6 +789,7 @@ static void learned_inserted(table_t *t, uint32_t id)
 {
     learned_t *l = t->learned;
     settle(t);
+    l->rows++;
     record_t *r = at(t, id);
     uint32_t note = find_from(l, *bucket_of(t, r->key), r->key);
     if (note == NONE)
@@ -824,6 +826,7 @@ static void learned_removed(table_t *t, uint32_t id)
     learned_t *l = t->learned;
     uint32_t note = at(t, id)->older;
     settle(t);
+    l->rows--;
     if (note == NONE) {
         l->unknown--;
         return;

@@ -320,6 +320,8 @@ class Report:
             kind, _, reason = name.partition(":")
             if reason:
                 out[f'{kind}_chunks_total{{reason="{reason}"}}'] = value
+        out[f'eviction_policy{{policy="{service.eviction.name}"}}'] = 1
+        out["eviction_prompts_total"] = service.eviction.prompts
         if service.recording is not None:
             out["trace_recorded_events_total"] = service.recording.recorded
             out["trace_lost_events_total"] = service.recording.lost
