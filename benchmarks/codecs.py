@@ -1,10 +1,11 @@
-"""How small `pack12` makes KV in bfloat16, and how fast it is on one core beside memcpy, in turns in the same run.
+"""How small the codecs make KV in bfloat16, and how fast they are on one core beside memcpy, in turns in the same run.
 
     python -m benchmarks.codecs [--mib 64] [--rounds 15] [--kv FILE ...]
 
 FILE: raw bfloat16 values as an engine has them, such as `tensor.view(torch.int16).numpy().tofile(FILE)` writes. Without one,
-normally distributed values are used. `x memcpy` is the median of the ratios of neighbours in time, so work beside the run hardly
-changes it. The last two rows are what tiers do with a shard: with its digest, and decoding in place.
+normally distributed values are used. What `int8` does to a model's answers is measured by `lmcache codec check`.
+`x memcpy` is the median of the ratios of neighbours in time, so work beside the run hardly changes it. The rows with "a shard"
+are what tiers do with one: with its digest, and decoding in place.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from lmcache.compiled import native
 from lmcache.tiers import coding
 
 Array = npt.NDArray[np.uint8]
+_ROW = 128
+"""Elements of a head."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,6 +60,11 @@ def _report(raw: Array, rounds: int) -> str:
         return "cannot be made smaller"
     told = coding.coding_of(payload)
     spot = memoryview(place)
+    rounded = np.ones_like(raw)
+    rounded_into = memoryview(rounded)
+    rounded_bytes = coding.encode_rounded(payload, "bfloat16", _ROW, rounded_into)
+    rounded_told = coding.coding_of_rounded(rounded_into[:rounded_bytes], size)
+    other = np.ones_like(raw)
 
     def unpack(plain: int) -> None:
         assert native.unpack12(_address(stream), stored, _address(target), size, 0, plain)
@@ -72,20 +80,27 @@ def _report(raw: Array, rounds: int) -> str:
         "unpack12, without AVX2": lambda: unpack(1),
         "encode a shard": lambda: (coding.encode(payload, into), coding.coding_of(payload)),
         "decode a shard": decode,
+        "int8": lambda: native.to_int8(_address(raw), size, _ROW, 0, _address(rounded), size, 0),
+        "from int8": lambda: native.from_int8(_address(rounded), rounded_bytes, _address(target), size, 0),
+        "int8, encode a shard": lambda: (
+            coding.encode_rounded(payload, "bfloat16", _ROW, rounded_into),
+            coding.coding_of_rounded(rounded_into[:rounded_bytes], size),
+        ),
+        "int8, decode a shard": lambda: coding.decode(rounded_told, rounded_bytes, memoryview(other)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds + 1):  # the first one only touches the memory
-        place[:stored] = stream[:stored]
+        place[:stored], other[:rounded_bytes] = stream[:stored], rounded[:rounded_bytes]
         for name, do in work.items():
             began = time.perf_counter()
             do()
             seconds[name].append(time.perf_counter() - began)
-    assert (place == raw).all() and (target == raw).all()
+    assert (place == raw).all() and (target == other).all()
     rows: list[tuple[str, ...]] = [("", "GB/s of raw bytes, best", "x memcpy, median")]
     for name, taken in seconds.items():
         beside = [one / mine for one, mine in zip(seconds["memcpy"][1:], taken[1:], strict=True)]
         rows.append((name, f"{size / min(taken[1:]) / 1e9:.2f}", f"{median(beside):.2f}"))
-    return f"ratio {size / stored:.3f}\n\n" + markdown(rows)
+    return f"ratio {size / stored:.3f}, of int8 {size / rounded_bytes:.3f}\n\n" + markdown(rows)
 
 
 def _address(array: Array) -> int:

@@ -1665,7 +1665,7 @@ def connector(monkeypatch: pytest.MonkeyPatch, weights: Path) -> Iterator[Callab
         one._vllm_config.parallel_config.pipeline_parallel_size = 2
         one._vllm_config.cache_config.block_size = BLOCK
         one._start = lambda: None
-        one._describe(SimpleNamespace(model_id=""))
+        one._describe(SimpleNamespace(model_id="", lossy_kv="none"))
         return one
 
     yield made
