@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,4 +124,21 @@ def test_the_page_goes_on_without_its_server_and_says_so(busy: tuple[Server, Bed
     page.evaluate("refresh()")
     page.wait_for_function("document.getElementById('health').textContent === 'The server is unreachable.'")
     assert "does not answer" in page.inner_text("#trouble")
+    page.context.close()
+
+
+def test_the_page_does_not_wait_for_ever_for_a_server_that_hangs(busy: tuple[Server, Bed], browser: Any) -> None:
+    """It keeps no "healthy" on the screen, and shows the server again once that goes on."""
+    cache, _ = busy
+    page = opened(browser, cache, 1440, "light", [])
+    page.evaluate("patience = 500")
+    cache.signal(signal.SIGSTOP)
+    try:
+        page.evaluate("void refresh()")
+        api.expect(page.locator("#health")).to_have_text("The server is unreachable.", timeout=60000)
+        assert "does not answer" in page.inner_text("#trouble")
+    finally:
+        cache.signal(signal.SIGCONT)
+    page.evaluate("patience = 60000")
+    api.expect(page.locator("#health")).to_have_text("The server is healthy.", timeout=60000)
     page.context.close()

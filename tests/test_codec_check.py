@@ -64,7 +64,8 @@ def test_prompts_of_all_kinds(subject: Subject, tmp_path: Path, capsys: pytest.C
         {"prompt": "four five"},
         {"messages": [{"role": "user", "content": "six seven"}]},
     ]
-    file.write_text("\n\n".join(map(json.dumps, lines)))
+    lines[0] = "one \u2028two three"  # a line separator of Unicode, which separates no lines of JSON
+    file.write_text("\n\n".join(json.dumps(one, ensure_ascii=False) for one in lines))
     assert check("--prompts", file, "--context", 2, "--codec", "int8", "--tokens", 4) == 0
     assert subject.prompts == [["two", "three"], ["four", "five"], ["six", "seven"]]
     assert subject.asked == (["int8"], 4)
@@ -72,7 +73,7 @@ def test_prompts_of_all_kinds(subject: Subject, tmp_path: Path, capsys: pytest.C
     assert "m, KV in bfloat16: 2 prompts of about 2 tokens, answers of 4" in printed
     assert "int8   rounded  1.88   0.00020  [0.00010, 0.00030]  0.00040" in printed
     plain = tmp_path / "prompts.txt"
-    plain.write_text('"one" two\n\nthree four\nfive six\n')
+    plain.write_bytes(b'"one" two\r\n\r\nthree four\r\nfive six\r\n')
     assert check("--prompts", plain, "--samples", 2, "--json") == 0
     assert subject.prompts == [['"one"', "two"], ["three", "four"]] and subject.asked[0] == ["none", "pack12", "int8"]
     assert json.loads(capsys.readouterr().out)["codecs"][0]["kl_worst"] == 0.0004

@@ -312,6 +312,8 @@ def test_wrong_habits_are_refused() -> None:
     for wrong in (saved[:-8], b"", saved[:-8] + array("d", [float("nan")]).tobytes()):
         with pytest.raises(ValueError, match="no saved habits"):
             habits.restore(wrong)
+    with pytest.raises(ValueError, match="no saved habits"):
+        habits.restore(array("d", [-0.5]).tobytes() + saved[8:])  # used less than never
     habits.restore(saved)
 
 

@@ -85,8 +85,8 @@ def to_int8(raw: int, raw_bytes: int, row: int, kind: int, stream: int, room: in
     """Round rows of `row` values to 8 bits each (`native/int8.c` has the format), without the GIL.
 
     raw, stream: addresses. row: 8 to 4096. kind: of the values, 0 for bfloat16, 1 for float16, 2 for float32. Return the bytes of
-    the stream; 0 if `room` does not suffice, there is no whole number of rows, or a value is not finite. At most `room` bytes are
-    written. plain: as in `pack12`.
+    the stream; 0 if `room` does not suffice, there is no whole number of rows, or a value is not finite or the largest float32.
+    At most `room` bytes are written. plain: as in `pack12`.
     """
 
 def from_int8(stream: int, stream_bytes: int, raw: int, raw_bytes: int, plain: int, /) -> bool:

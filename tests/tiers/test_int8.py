@@ -114,6 +114,20 @@ def test_what_is_not_finite_is_not_rounded(kind: int, bad: float) -> None:
         assert encoded(narrowed(one, kind), 64, kind) == b""
 
 
+@PLAIN
+@pytest.mark.parametrize("kind", KINDS, ids=DTYPES.get)
+def test_no_finite_value_becomes_infinite(kind: int, plain: int) -> None:
+    top = 0x7C00 if kind == FLOAT16 else 0x7F80
+    magnitudes = np.arange(top - 0x80, top, dtype=np.uint16)
+    if kind == FLOAT32:
+        magnitudes = np.arange(0x7F7FFF00, 0x7F7FFFFF, dtype=np.uint32)
+    for signed in (magnitudes, magnitudes | (1 << 8 * magnitudes.itemsize - 1)):
+        raw = np.repeat(signed, 8).astype(magnitudes.dtype).tobytes()
+        assert np.isfinite(floats(decoded(encoded(raw, 8, kind, plain), len(raw), plain) or b"", kind)).all()
+    largest = narrowed(np.full(8, np.finfo(np.float32).max), FLOAT32)
+    assert encoded(largest, 8, FLOAT32, plain) == b""  # it would
+
+
 def test_what_is_no_row_or_kind_is_refused() -> None:
     raw = narrowed(np.ones(640, np.float32), BFLOAT16)
     assert encoded(raw[:-2], 64, BFLOAT16) == b""

@@ -17,12 +17,14 @@ from unittest.mock import Mock
 
 import torch
 from commands import PATIENCE, serve, set_deadline
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from lmcache.bench import quality
 from lmcache.engine import connection
 from lmcache.engine.blending import Blending
 from lmcache.integration.transformers import Attached, attach
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 VOCABULARY = 8192
 MODULE = sys.modules[attach.__module__]
@@ -185,6 +187,19 @@ def do_generate(state: State, ids: list[int], new: int = 8, **more: Any) -> dict
         "flushed": flushed,
         "refusal": state.attached.refusal,
     }
+
+
+def do_refused_chats(state: State) -> list[str]:
+    """What a check says of a tokenizer without a chat template, and of messages that a template refuses."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    subject, said = quality.Subject(state.model, tokenizer), list[str]()
+    for template in (None, "{{ raise_exception('no such role') }}"):
+        tokenizer.chat_template = template
+        try:
+            subject.chat([{"role": "user", "content": "a"}])
+        except quality.QualityError as error:
+            said.append(str(error))
+    return said
 
 
 def do_quality(state: State, ids: list[list[int]], tokens: int, codecs: list[str], broken: bool = False) -> Any:

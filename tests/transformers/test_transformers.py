@@ -97,6 +97,9 @@ def test_what_a_codec_does_to_answers_is_measured(user: Any) -> None:
     assert int8["kl_interval"][0] <= int8["kl"] <= int8["kl_interval"][1] <= int8["kl_worst"]
     (broken,) = user.ask("quality", ids=prompts, tokens=4, codecs=["int8"], broken=True)
     assert broken["kl"] > 10 * int8["kl"] and broken["answer_same"] < 1
+    without, refused = user.ask("refused_chats")
+    assert "cannot turn [{'role': 'user', 'content': 'a'}] into a prompt: Cannot use chat template" in without
+    assert refused.endswith("into a prompt: no such role")
 
 
 def test_a_longer_answer_than_foreseen(server: Servers, user: Any) -> None:

@@ -82,8 +82,18 @@ class Subject:
         return list(self.tokenizer.encode(text))
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens of messages, by the model's own template."""
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        """Return the tokens of messages, by the model's own template.
+
+        Raises:
+            QualityError: the model has none, or the template refuses the messages.
+        """
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # the template is a program of the model's, and messages are whatever the file has
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise QualityError(
+                f"the model's chat template cannot turn {messages!r:.200} into a prompt: {why}"
+            ) from None
 
     def measure(
         self,

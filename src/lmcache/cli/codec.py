@@ -113,7 +113,9 @@ def _prompts(subject: Subject, given: list[Any], arguments: argparse.Namespace) 
 def _lines(path: Path) -> list[Any]:
     """Return the prompts of a file: strings, or lists of messages."""
     found = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(
+        _text(path).split("\n"), 1
+    ):  # others that `splitlines` knows may stand in JSON strings
         if not line.strip():
             continue
         one: Any = line

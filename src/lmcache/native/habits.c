@@ -198,6 +198,7 @@ static PyObject *habits_restore(PyObject *self, PyObject *arg)
         double weight;
         memcpy(&weight, bytes + at, sizeof weight);
         fits = fabs(weight) < 1e12; /* false for what is not a number, too */
+        fits = fits && (weight >= 0 || at >= (Py_ssize_t)sizeof h->used); /* rates must not be negative */
     }
     if (!fits) {
         PyErr_SetString(PyExc_ValueError, "these are no saved habits of this version");

@@ -2,7 +2,8 @@
  *
  * A row is `row` values: one head of one token. The stream has for each row its scale (float32) and its codes (int8), then a
  * trailer: `row` (uint32), and the kind of the values (uint32). A value is code * scale, where the scale is the row's largest
- * magnitude / 127. Rows without a magnitude of 2**-100 become zeros. A payload with an infinity or a NaN is not encoded.
+ * magnitude / 127. Rows without a magnitude of 2**-100 become zeros. A payload with an infinity, a NaN or the largest float32 is
+ * not encoded: code * scale of the last one would be an infinity.
  *
  * All arithmetic is IEEE's, without contraction to fused multiply-add, so every machine decodes the same bits. The loops are plain
  * C; compilers vectorize them, and x86-64 has a second copy for AVX2, chosen at run time.
@@ -21,6 +22,7 @@ enum { BFLOAT16, FLOAT16, FLOAT32, KINDS };
 enum { LEAST_ROW = 8, MOST_ROW = 4096, SCALE_BYTES = 4, TRAILER_BYTES = 8 };
 
 #define INFINITE 0x7f800000u
+#define TOO_LARGE 0x7f7fffffu            /* the largest float32 */
 #define LEAST_BITS ((127u - 100u) << 23) /* 2**-100 */
 #define ROUNDER 12582912.0f              /* 1.5 * 2**23: adding it rounds to an integer, which is then in the lowest bits */
 
@@ -85,7 +87,7 @@ INLINED void narrow(float value, uint8_t *raw, int64_t i, int kind)
     ((Half *)(void *)raw)[i] = (uint16_t)(sign | either(magnitude < (113u << 23), subnormal, normal));
 }
 
-/* Rounds a row to its scale and codes. Returns 0 if it has an infinity or a NaN. */
+/* Rounds a row to its scale and codes. Returns 0 if it has an infinity, a NaN or the largest float32. */
 INLINED int round_row(const uint8_t *restrict raw, int64_t row, int kind, uint8_t *restrict to)
 {
     uint32_t largest = 0;
@@ -93,7 +95,7 @@ INLINED int round_row(const uint8_t *restrict raw, int64_t row, int kind, uint8_
         uint32_t magnitude = widened(raw, i, kind) & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
     }
-    if (largest >= INFINITE)
+    if (largest >= TOO_LARGE)
         return 0;
     int zeros = largest < LEAST_BITS;
     float scale = zeros ? 0.0f : float_of(largest) / 127.0f, factor = zeros ? 0.0f : 127.0f / float_of(largest);
@@ -257,7 +259,8 @@ PyMethodDef lmcache_int8_methods[] = {
      "to_int8(raw, raw_bytes, row, kind, stream, room, plain) -> int\n\n"
      "Round rows of `row` values to 8 bits each, without the GIL. raw, stream: addresses; the caller keeps the memory alive.\n"
      "kind: of the values, 0 bfloat16, 1 float16, 2 float32. Return the bytes of the stream; 0 if room does not suffice, there is\n"
-     "no whole number of rows, or a value is not finite. At most room bytes are written. plain: 1 for the code without AVX2."},
+     "no whole number of rows, or a value is not finite or the largest float32. At most room bytes are written. plain: 1 for the\n"
+     "code without AVX2."},
     {"from_int8", (PyCFunction)(void (*)(void))from_int8, METH_FASTCALL,
      "from_int8(stream, stream_bytes, raw, raw_bytes, plain) -> bool\n\n"
      "Restore the values of a stream of to_int8, without the GIL. Return whether it is one of raw_bytes bytes; if not, nothing is\n"

@@ -91,7 +91,7 @@ def rounds(kv_dtype: str, row: int) -> bool:
 
 def encode_rounded(payload: memoryview, kv_dtype: str, row: int, into: memoryview) -> int:
     """Encode values by `int8`, with one scale for each `row` of them. Return how many bytes of `into` they take; 0 if a value is
-    infinite or not a number, or `into` is too small. `rounds` must hold."""
+    infinite, not a number or the largest float32, or `into` is too small. `rounds` must hold."""
     room = min(into.nbytes, payload.nbytes - 1)
     values = _address(payload), payload.nbytes, row, _KINDS[kv_dtype]
     return native.to_int8(*values, _address(into), room, 0) if room > 0 else 0
