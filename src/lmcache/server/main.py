@@ -240,7 +240,7 @@ def _observe(config: ServerConfig, service: Service, tiers: bool, started: ExitS
     if config.metrics_names == "lmcache-0.5":
         from lmcache.server.earlier_names import EarlierNames
 
-        service.earlier_names = EarlierNames(service)
+        service.more_counters.append(EarlierNames(service).counters)
     if config.otlp_endpoint:
         from lmcache.server.tracing import Tracing
 

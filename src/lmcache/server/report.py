@@ -205,8 +205,8 @@ class Report:
         service, out = self._service, self._counters()
         if service.lifetimes is not None:
             out |= service.lifetimes.counters()
-        if service.earlier_names is not None:
-            out |= service.earlier_names.counters()
+        for counters in service.more_counters:
+            out |= counters()
         return out
 
     def _status(self) -> dict[str, object]:

@@ -31,7 +31,6 @@ from lmcache.server.sessions import Peer, Sessions
 from lmcache.wire import messages as m
 
 if TYPE_CHECKING:
-    from lmcache.server.earlier_names import EarlierNames
     from lmcache.server.predicting import Predicting
     from lmcache.server.recording import Recording
     from lmcache.server.tier_runner import TierRunner
@@ -64,7 +63,8 @@ class Service:
         self.counters: Counter[str] = Counter()
         self.recording: Recording | None = None
         self.predicting: Predicting | None = None
-        self.earlier_names: EarlierNames | None = None
+        self.more_counters: list[Callable[[], dict[str, float]]] = []
+        """What else /metrics shows, such as the names of the public project."""
         self.tracing: Tracing | None = None
         self.eviction = Eviction("LRU")
         self.on_copied: list[Callable[[Peer, m.Copied], None]] = []
