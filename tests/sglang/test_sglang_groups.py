@@ -77,7 +77,7 @@ def cached(outputs: list[Output]) -> list[int]:
 def models(folder: Path, model: Path) -> Path:
     path = folder / "group-models"
     script = str(ROOT / "tests/scripts/group_models.py")
-    subprocess.run([PYTHON, script, str(path), str(model), *KINDS], check=True, timeout=240, env=environment())
+    subprocess.run([PYTHON, script, str(path), str(model), *KINDS], check=True, timeout=600, env=environment())
     return path
 
 

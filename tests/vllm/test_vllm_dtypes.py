@@ -89,7 +89,7 @@ def scaled(folder: Path, model: Path) -> list[Path]:
     made = [folder / "scales-of-one", folder / "scales-of-another"]
     for path, scales in zip(made, ("0.02", "0.3"), strict=True):
         command = [PYTHON, str(ROOT / "tests/scripts/kv_scales.py"), str(path), str(model), scales]
-        subprocess.run(command, check=True, timeout=240)
+        subprocess.run(command, check=True, timeout=600)
     return made
 
 

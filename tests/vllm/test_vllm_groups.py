@@ -100,7 +100,7 @@ def cached(outputs: Outputs) -> list[int]:
 def models(folder: Path, model: Path) -> Path:
     path = folder / "group-models"
     subprocess.run(
-        [PYTHON, str(ROOT / "tests/scripts/group_models.py"), str(path), str(model)], check=True, timeout=240
+        [PYTHON, str(ROOT / "tests/scripts/group_models.py"), str(path), str(model)], check=True, timeout=600
     )
     return path
 
@@ -442,7 +442,7 @@ def test_without_the_hybrid_manager(folder: Path, models: Path) -> None:
 def test_indexers_of_sparse_attention() -> None:
     """The scale of an indexer's values lies elsewhere in the block, so each of both is a group."""
     script = [PYTHON, str(ROOT / "tests/vllm/indexers.py")]
-    done = subprocess.run(script, env=environment(), stdout=subprocess.PIPE, text=True, timeout=240, check=True)
+    done = subprocess.run(script, env=environment(), stdout=subprocess.PIPE, text=True, timeout=600, check=True)
     answer = json.loads(done.stdout.splitlines()[-1])
     assert len(answer["found"]) > 2 and set(answer["found"].values()) == {""}, answer
     latents, indexers = [0, 2, 4], [1, 3, 5]

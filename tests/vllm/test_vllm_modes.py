@@ -315,7 +315,7 @@ def test_mla_that_vllm_computes_only_as_a_whole_is_answered_as_without_us(
     """On a CPU vLLM computes MLA without chunked prefill and prefix caching; one line says that nothing is served."""
     mla = folder / "mla-model"
     script = ROOT / "tests" / "scripts" / "mla_model.py"
-    subprocess.run([PYTHON, str(script), str(mla), str(model)], check=True, timeout=240)
+    subprocess.run([PYTHON, str(script), str(mla), str(model)], check=True, timeout=600)
     prompts, answers = [tokens(300, 108), tokens(300, 108)[:200] + tokens(60, 109)], []
     for name, more in (("mla-alone", {}), ("mla", {"kv_transfer_config": server.config()})):
         engine = Engine(folder, name, mla, max_model_len=1024, **more)
