@@ -196,6 +196,20 @@ def test_what_other_servers_say_is_cut_and_two_of_one_name_are_told_apart(fellow
         Controller(members).pin(Asked(tokens=[1], instance_id="twin"))
 
 
+def test_what_one_of_two_servers_of_one_name_has_is_found_whichever_answers_last(
+    server: StartServer, engine: StartEngine
+) -> None:
+    second = server(l1=4, chunk=CHUNK, flags=("--instance-id", "same"))
+    named = "--instance-id", "same", "--control-peers", f"http://127.0.0.1:{second.http_port}"
+    first = server(l1=4, chunk=CHUNK, flags=named)
+    engine(first, "one").store(prompt(1))
+    engine(second, "other").store(prompt(2))
+    for seed in (1, 2):
+        found = ask(first.http_port, "/lookup", {"tokens": prompt(seed)})["layout_info"]
+        assert found == {"same": ["LocalCPUBackend", 160]}
+    assert "2 servers are called so" in ask(first.http_port, "/clear", {"instance_id": "same"}, 400)["reason"]
+
+
 def test_a_new_token_is_the_one_that_others_are_sent(
     server: StartServer, fellows: tuple[list[int], list[str]], tmp_path: Path
 ) -> None:

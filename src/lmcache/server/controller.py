@@ -157,7 +157,10 @@ class Controller:
     def lookup(self, asked: Asked) -> dict[str, object]:
         """Return where the beginning of a prompt is in L1: instance -> [location, tokens], the most tokens first."""
         found, silent = self._all("lookup", asked.prompt() | {"tiers": False})
-        held = {str(told.get("instance_id", "")): _most_tokens(told) for told in found.values()}
+        held = dict[str, int]()
+        for told in found.values():  # two servers of one name: the most that one has; the other verbs refuse the name
+            name = str(told.get("instance_id", ""))
+            held[name] = max(held.get(name, 0), _most_tokens(told))
         ranked = sorted(((name, count) for name, count in held.items() if count), key=lambda one: -one[1])
         info: object = {name: [L1_LOCATIONS[1], count] for name, count in ranked}
         return {"event_id": _event("lookup"), "layout_info": info} | ({"unanswered": silent} if silent else {})
