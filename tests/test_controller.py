@@ -123,6 +123,30 @@ def test_a_move_is_a_pull_by_the_new_place_and_a_removal_at_the_old_one(
     assert "no such move" in ask(first.http_port, "/check_finish", {"event_id": "move1"}, 404)["reason"]
 
 
+def test_a_move_of_what_the_old_place_loses_meanwhile_does_not_count_as_finished(
+    pair: tuple[Server, Server], engine: StartEngine
+) -> None:
+    first, second = pair
+    eventually(lambda: connected(first) and connected(second))
+    engine(first).store(prompt(1))
+
+    class Late(There):
+        def call(self, verb: str, content: Any) -> dict[str, Any]:
+            if verb == "prefetch":
+                first.clear()
+            return super().call(verb, content)
+
+    old, new = (kind(f"http://127.0.0.1:{at.http_port}", lambda: "") for kind, at in ((There, first), (Late, second)))
+    controller = Controller([old, new])
+    positions: Any = {"old_position": ("instance-0", ""), "new_position": ("instance-1", "")}
+    engine(second)  # so that it knows the model
+    told = controller.move(Asked(tokens=prompt(1), **positions))
+    assert told["num_tokens"] == 160
+    event = Asked(event_id=str(told["event_id"]))
+    status = eventually(lambda: (now := str(controller.check_finish(event)["status"])) != "moving" and now)
+    assert status.startswith("failed: 0 of 160 tokens have arrived"), status
+
+
 def test_the_process_in_front_of_servers_needs_their_token_and_its_own(
     server: StartServer, engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
