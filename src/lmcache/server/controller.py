@@ -228,8 +228,9 @@ class Controller:
         held = max(promised, _most_tokens(old.call("lookup", prompt | {"tiers": False})))
         if int(told.get("l1_tokens", 0)) < held:
             arrived = f"{told.get('l1_tokens')} of {held} tokens have arrived"
+            why = printable(str(told.get("reason", "")), _MOST_SAID)
             asked = "is the old place a peer of the new one, and does it still have the prompt?"
-            return f"failed: {arrived}, so nothing was removed: {asked}"
+            return f"failed: {arrived}, so nothing was removed: {asked}{why and f' The new place says: {why}'}"
         if not copies:
             old.call("delete", prompt)
         return "finished"
