@@ -123,6 +123,30 @@ def test_a_move_is_a_pull_by_the_new_place_and_a_removal_at_the_old_one(
     assert "no such move" in ask(first.http_port, "/check_finish", {"event_id": "move1"}, 404)["reason"]
 
 
+def test_a_move_of_what_the_old_place_loses_meanwhile_does_not_count_as_finished(
+    pair: tuple[Server, Server], engine: StartEngine
+) -> None:
+    first, second = pair
+    eventually(lambda: connected(first) and connected(second))
+    engine(first).store(prompt(1))
+
+    class Late(There):
+        def call(self, verb: str, content: Any) -> dict[str, Any]:
+            if verb == "prefetch":
+                first.clear()
+            return super().call(verb, content)
+
+    old, new = (kind(f"http://127.0.0.1:{at.http_port}", lambda: "") for kind, at in ((There, first), (Late, second)))
+    controller = Controller([old, new])
+    positions: Any = {"old_position": ("instance-0", ""), "new_position": ("instance-1", "")}
+    engine(second)  # so that it knows the model
+    told = controller.move(Asked(tokens=prompt(1), **positions))
+    assert told["num_tokens"] == 160
+    event = Asked(event_id=str(told["event_id"]))
+    status = eventually(lambda: (now := str(controller.check_finish(event)["status"])) != "moving" and now)
+    assert status.startswith("failed: 0 of 160 tokens have arrived"), status
+
+
 def test_the_process_in_front_of_servers_needs_their_token_and_its_own(
     server: StartServer, engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +218,20 @@ def test_what_other_servers_say_is_cut_and_two_of_one_name_are_told_apart(fellow
     assert len(str(said.value)) < 600 and str(said.value).isprintable()
     with pytest.raises(ConfigError, match="'twin': 2 servers are called so: give each an --instance-id"):
         Controller(members).pin(Asked(tokens=[1], instance_id="twin"))
+
+
+def test_what_one_of_two_servers_of_one_name_has_is_found_whichever_answers_last(
+    server: StartServer, engine: StartEngine
+) -> None:
+    second = server(l1=4, chunk=CHUNK, flags=("--instance-id", "same"))
+    named = "--instance-id", "same", "--control-peers", f"http://127.0.0.1:{second.http_port}"
+    first = server(l1=4, chunk=CHUNK, flags=named)
+    engine(first, "one").store(prompt(1))
+    engine(second, "other").store(prompt(2))
+    for seed in (1, 2):
+        found = ask(first.http_port, "/lookup", {"tokens": prompt(seed)})["layout_info"]
+        assert found == {"same": ["LocalCPUBackend", 160]}
+    assert "2 servers are called so" in ask(first.http_port, "/clear", {"instance_id": "same"}, 400)["reason"]
 
 
 def test_a_new_token_is_the_one_that_others_are_sent(

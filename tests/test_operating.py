@@ -334,6 +334,26 @@ def test_a_prefetch_brings_a_prompt_from_a_tier_to_l1_and_pins_it(
     assert "there is no such tier" in ask(cache, "POST", "/cache/delete", {"tokens": [1], "tiers": "x"}, 400)["reason"]
 
 
+def test_a_prefetch_for_which_pins_leave_no_room_says_so(
+    server: StartServer, engine: StartEngine, tmp_path: Path
+) -> None:
+    flags = "--l2", f"disk://{tmp_path}?max_gb=0.1", "--pinned-share", "1", "--worth", "always"
+    cache = server(l1=4, chunk=CHUNK, flags=flags)
+    one, wanted = engine(cache), prompt(1, 1600)
+    one.store(wanted)
+    eventually(lambda: cache.status()["tiers"][0]["shards"] == 100)
+    cache.clear()
+    seed, stored = 2, True
+    while stored:  # until L1 is full of pins
+        stored = one.store(prompt(seed, 1600)) > 0
+        if stored:
+            ask(cache, "POST", "/cache/pins", {"tokens": prompt(seed, 1600)})
+        seed += 1
+    eventually(lambda: cache.status()["tiers"][0]["queued_chunks"] == 0)
+    told = ended(cache, ask(cache, "POST", "/cache/prefetches", {"tokens": wanted}, status=202)["id"])
+    assert told["state"] in ("failed", "partial") and "no room" in told["reason"] and "pinned" in told["reason"], told
+
+
 def test_a_prefetch_that_hangs_is_cancelled_and_bounded_in_number(
     server: StartServer, engine: StartEngine, hanging: Path
 ) -> None:

@@ -238,6 +238,26 @@ def test_the_json_spelling(text: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rest", "names"),
+    [
+        ('"num_workers": 16', "num_workers"),
+        ('"eviction": {"eviction_policy": "LRU", "trigger_watermark": 0.8, "eviction_ratio": 0.2}', "eviction"),
+        ('"num_workers": 16, "eviction": {"eviction_policy": "LRU"}', "num_workers, eviction"),
+    ],
+)
+def test_what_a_tier_decides_by_itself_is_taken_and_a_line_says_so(rest: str, names: str) -> None:
+    for kind, place, url in (
+        ("fs_native", '"base_path": "/d"', "disk:///d?max_gb=4000"),
+        ("resp", '"host": "h"', "redis://h:6379/0?max_gb=4000"),
+        ("s3", '"bucket": "b"', "s3://b/?max_gb=4000"),
+    ):
+        found = url_of_adapter(f'{{"type": "{kind}", {place}, "max_capacity_gb": 4000, {rest}}}')
+        assert found.url == url
+        (line,) = found.said
+        assert line.startswith(f"--l2-adapter {kind}: {names}: no effect: ")
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("{", "not JSON"),
@@ -254,6 +274,10 @@ def test_the_json_spelling(text: str, url: str) -> None:
         ),
         ('{"type": "mooncake_store", "master_server_address": "h:1", "storage_root_dir": "/d"}', "storage_root_dir: "),
         ('{"type": "fs"}', "fs needs 'base_path'"),
+        (
+            '{"type": "fs", "base_path": "/d", "eviction": {"eviction_policy": "noop"}}',
+            "eviction_policy 'noop' is not supported: a tier that has reached max_capacity_gb evicts",
+        ),
         (
             '{"type": "fs", "base_path": "/d", "shards": 3}',
             r"fs does not support 'shards'; write it as --l2 disk:///d\?",

@@ -157,7 +157,10 @@ class Controller:
     def lookup(self, asked: Asked) -> dict[str, object]:
         """Return where the beginning of a prompt is in L1: instance -> [location, tokens], the most tokens first."""
         found, silent = self._all("lookup", asked.prompt() | {"tiers": False})
-        held = {str(told.get("instance_id", "")): _most_tokens(told) for told in found.values()}
+        held = dict[str, int]()
+        for told in found.values():  # two servers of one name: the most that one has; the other verbs refuse the name
+            name = str(told.get("instance_id", ""))
+            held[name] = max(held.get(name, 0), _most_tokens(told))
         ranked = sorted(((name, count) for name, count in held.items() if count), key=lambda one: -one[1])
         info: object = {name: [L1_LOCATIONS[1], count] for name, count in ranked}
         return {"event_id": _event("lookup"), "layout_info": info} | ({"unanswered": silent} if silent else {})
@@ -200,29 +203,34 @@ class Controller:
         self._moves[event] = "moving"
         while len(self._moves) > _KEPT_MOVES:
             self._moves.popitem(last=False)
-        last = partial(self._finish, event, old, new, str(begun.get("id")), prompt, asked.copy)
+        last = partial(self._finish, event, old, new, str(begun.get("id")), prompt, held, asked.copy)
         self._runtime.start(last, "lmcache-move")
         return {"event_id": event, "num_tokens": held}
 
-    def _finish(self, event: str, old: Member, new: Member, name: str, prompt: dict[str, Any], copies: bool) -> None:
+    def _finish(
+        self, event: str, old: Member, new: Member, name: str, prompt: dict[str, Any], promised: int, copies: bool
+    ) -> None:
         """Wait for the load of a move, and remove the prompt from its old place when all of it has arrived."""
         try:
-            self._moves[event] = self._moved(old, new, name, prompt, copies)
+            self._moves[event] = self._moved(old, new, name, prompt, promised, copies)
         except Exception as error:  # top of the thread
             if not isinstance(error, LMCacheError):
                 logger.exception("A move failed")
             self._moves[event] = f"failed: {error}"
 
-    def _moved(self, old: Member, new: Member, name: str, prompt: dict[str, Any], copies: bool) -> str:
+    def _moved(self, old: Member, new: Member, name: str, prompt: dict[str, Any], promised: int, copies: bool) -> str:
         end = self._runtime.now() + _MOVE_SECONDS
         while (told := new.call("prefetched", {"id": name})).get("state") == "loading":
             if self._runtime.now() > end:
                 return f"failed: the load has not ended within {_MOVE_SECONDS:g} s; nothing was removed"
             self._runtime.sleep(_POLL_SECONDS)
-        held = _most_tokens(old.call("lookup", prompt | {"tiers": False}))
+        # Meanwhile the old place may have got more of the prompt, or evicted what the caller was told would move.
+        held = max(promised, _most_tokens(old.call("lookup", prompt | {"tiers": False})))
         if int(told.get("l1_tokens", 0)) < held:
             arrived = f"{told.get('l1_tokens')} of {held} tokens have arrived"
-            return f"failed: {arrived}, so nothing was removed: is the old place a peer of the new one?"
+            why = printable(str(told.get("reason", "")), _MOST_SAID)
+            asked = "is the old place a peer of the new one, and does it still have the prompt?"
+            return f"failed: {arrived}, so nothing was removed: {asked}{why and f' The new place says: {why}'}"
         if not copies:
             old.call("delete", prompt)
         return "finished"

@@ -30,6 +30,10 @@ _TRIES = 3
 """A slice that has brought nothing is tried again so often, since a tier may have been busy or slow for a moment."""
 _RETRY_SECONDS = 1.25
 """Longer than a fetch that has ended is remembered."""
+_NO_ROOM = (
+    "L1 has no room for the rest: all it holds is pinned (GET /cache/pins) or in use by engines; "
+    "end pins, or raise --l1-size-gb"
+)
 LOADING, DONE, PARTIAL, ABSENT, CANCELLED, FAILED = "loading", "done", "partial", "absent", "cancelled", "failed"
 
 
@@ -187,10 +191,19 @@ class Prefetches:
             self._heard(Event("stored", 0, 0))
         elif one.tries + 1 < _TRIES:
             one.tries, one.retry_at = one.tries + 1, now + _RETRY_SECONDS
+        elif self._had_no_room(one):
+            self._finish(one, PARTIAL if found else FAILED, _NO_ROOM)
         else:
             self._finish(
                 one, PARTIAL if found else ABSENT, "no tier has delivered the rest; GET /fetches says what each did"
             )
+
+    def _had_no_room(self, one: Prefetch) -> bool:
+        """Return whether L1 refused what a tier had for the last slice. The few records of fetches that are kept say so."""
+        assert self._tiering is not None
+        of_it = (record for record in reversed(self._tiering.fetches.records) if one.request in record.requests)
+        last = next(of_it, None)
+        return last is not None and bool(last.events["refused:no room"])
 
     def _finish(self, one: Prefetch, state: str, reason: str = "") -> None:
         assert self._tiering is not None

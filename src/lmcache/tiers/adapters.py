@@ -63,22 +63,44 @@ def instead_of_scheme(scheme: str) -> str:
 
 
 def _fs(kind: str, values: dict[str, Any]) -> Translated:
-    return Translated(
-        _with_options(f"disk://{quote(_needed(values, kind, 'base_path'))}", values, {"max_capacity_gb": "max_gb"})
-    )
+    url = f"disk://{quote(_needed(values, kind, 'base_path'))}"
+    said = _without_effect(kind, values)
+    return Translated(_with_options(url, values, {"max_capacity_gb": "max_gb"}), said)
 
 
 def _redis(kind: str, values: dict[str, Any]) -> Translated:
     host, port = _needed(values, "redis", "host"), values.pop("port", "6379")
     user, password = quote(values.pop("username", ""), safe=""), quote(values.pop("password", ""), safe="${}")
-    who = f"{user}:{password}@" if user or password else ""
-    return Translated(_with_options(f"redis://{who}{in_url(host)}:{port}/0", values, {"max_capacity_gb": "max_gb"}))
+    who, said = f"{user}:{password}@" if user or password else "", _without_effect(kind, values)
+    url = _with_options(f"redis://{who}{in_url(host)}:{port}/0", values, {"max_capacity_gb": "max_gb"})
+    return Translated(url, said)
 
 
 def _s3(kind: str, values: dict[str, Any]) -> Translated:
     bucket = _needed(values, kind, "bucket")
-    named = {"endpoint": "endpoint", "region": "region", "max_capacity_gb": "max_gb"}
-    return Translated(_with_options(f"s3://{bucket}/{values.pop('prefix', '')}", values, named))
+    named, said = (
+        {"endpoint": "endpoint", "region": "region", "max_capacity_gb": "max_gb"},
+        _without_effect(kind, values),
+    )
+    return Translated(_with_options(f"s3://{bucket}/{values.pop('prefix', '')}", values, named), said)
+
+
+def _without_effect(kind: str, values: dict[str, Any]) -> tuple[str, ...]:
+    """Take out what a tier decides by itself, its threads and its eviction, and return the line about that, if there is one.
+
+    Raises:
+        ConfigError: another order of eviction than a tier's is asked for.
+    """
+    eviction = values.get("eviction", {})
+    policy = eviction.get("eviction_policy", "LRU") if isinstance(eviction, dict) else eviction
+    if str(policy).upper() != "LRU":
+        raise ConfigError(
+            f"--l2-adapter: {kind}: eviction_policy {str(policy)[:80]!r} is not supported: a tier that has reached"
+            " max_capacity_gb evicts what was used least recently; write LRU, or leave it out"
+        )
+    names = [name for name in ("num_workers", "eviction") if values.pop(name, None) is not None]
+    why = "the tier has threads of its own, and never exceeds max_capacity_gb: it evicts what was used least recently"
+    return (f"--l2-adapter {kind}: {', '.join(names)}: no effect: {why}",) if names else ()
 
 
 def _mooncake(kind: str, values: dict[str, Any]) -> Translated:
