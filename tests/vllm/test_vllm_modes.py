@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_processes import FOR_EVER, PYTHON, Api, Engine, Server, environment
+from vllm_processes import FOR_EVER, PYTHON, START_SECONDS, Api, Engine, Server, environment
 
 from hashing import Turns
 from prompts import assert_same, tokens
@@ -388,7 +388,7 @@ def test_vllm_serve_started_before_its_server(folder: Path, model: Path) -> None
             assert max(abs(a - b) for a, b in zip(again["logprobs"], cold["logprobs"], strict=True)) < 1e-3
             return "Retrieved " in late.text()
 
-        api.wait_until(retrieved, "a hit", 120)
+        api.wait_until(retrieved, "a hit", START_SECONDS)
     finally:
         api.end()
         if late is not None:
