@@ -22,7 +22,7 @@ from prompts import tokens
 from servers import Process, Server, eventually
 
 PYTHON = os.environ.get("LMCACHE_TEST_SGLANG_PYTHON", "")
-START_SECONDS = 600.0  # on a machine that was busy, with nothing in its page cache, 240 were not enough
+START_SECONDS = 600.0
 REPLY_SECONDS = 120.0
 DEADLINE_SECONDS = 10.0
 """Of a call to the daemon: so long that no busy machine makes a miss of a hit, and so short that a test can wait for it."""

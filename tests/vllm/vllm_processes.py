@@ -23,7 +23,7 @@ import zygotes
 from ports import free_port
 
 PYTHON = os.environ.get("LMCACHE_TEST_VLLM_PYTHON", "")
-START_SECONDS = 600  # as for SGLang: 240 were not enough where much else ran
+START_SECONDS = 600  # `vllm serve` once took more than 240 where much else ran
 REPLY_SECONDS = 480
 KV_BYTES = 256 << 20
 """Of an engine's own cache: 16,384 tokens of the model. vLLM writes all of it when it starts."""
