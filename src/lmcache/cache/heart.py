@@ -482,12 +482,16 @@ class Heart(Filling):
 
     def _end_lease(self, number: int) -> None:
         lease = self._claims.end_lease(number)
-        for space, table, ids in lease.parts:
+        self._end_reading(lease.parts)
+        if self._fleeting:
+            self._let_go(lease)
+
+    def _end_reading(self, parts: Iterable[Held]) -> None:
+        """Note that a lease or a pin holds these chunks no longer, and free those that have left the index meanwhile."""
+        for space, table, ids in parts:
             released = table.unpin(ids)
             if released:
                 self._free(space, table, released)
-        if self._fleeting:
-            self._let_go(lease)
 
     def _let_go(self, lease: Lease) -> None:
         """Evict those chunks of a lease that has ended which are fleeting and have been read by an engine. What only the server

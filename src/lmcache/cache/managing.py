@@ -168,15 +168,8 @@ class Managing(Heart):
             if not counts:
                 del self._pinned[part.space.number]
         if pin is not None:
-            self._let_pinned_go(pin)
+            self._end_reading(pin.parts)
         return pin
-
-    def _let_pinned_go(self, pin: Pin) -> None:
-        """Note that the pin does not read its chunks any more."""
-        for space, table, ids in pin.parts:
-            released = table.unpin(ids)
-            if released:
-                self._free(space, table, released)
 
     def remove(self, spaces: Sequence[int], hashes: bytes) -> Removed:
         """Remove these chunks of a prompt, from the last one on, in these spaces and their sisters. Chunks before one that stays
@@ -245,7 +238,7 @@ class Managing(Heart):
         self._pins.clear()
         self._pinned.clear()
         for pin in pins:
-            self._let_pinned_go(pin)
+            self._end_reading(pin.parts)
         return super().clear()
 
     def _is_pinned(self, space: Space, record: int) -> bool:
