@@ -154,6 +154,9 @@ class Prefetches:
 
     def _heard(self, event: Event) -> None:
         """Go on soon, since something has arrived. Not now: a listener must not call L1."""
+        self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
         if self._running and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._step_all)
@@ -188,7 +191,7 @@ class Prefetches:
             self._finish(one, DONE)
         elif found >= one.end:
             one.end = min(one.chunks, found + one.step)
-            self._heard(Event("stored", 0, 0))
+            self._go_on_soon()
         elif one.tries + 1 < _TRIES:
             one.tries, one.retry_at = one.tries + 1, now + _RETRY_SECONDS
         elif self._had_no_room(one):
