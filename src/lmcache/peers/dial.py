@@ -35,7 +35,7 @@ class Myself:
     """The number of tokens of this server's chunks; 0 accepts peers with chunks of any size."""
     host: str = ""
     port: int = 0
-    """What this server listens on."""
+    """Host and port are those on which this server listens for engines and peers."""
     address: str = ""
     """HOST:PORT by which others reach this server; "" if they use `host` and `port`."""
 

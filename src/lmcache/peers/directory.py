@@ -44,7 +44,7 @@ class Directory:
         self.trouble = ""
         """Why the directory could not be read last time; "" if it could. Any thread may read this."""
         self._strange = 0
-        """How many entries without a proof the last answer had."""
+        """The store's last answer had so many entries without a valid proof."""
 
     def introduce(self, myself: Myself) -> None:
         """Say who reads and writes the directory.

@@ -32,7 +32,7 @@ class Eviction:
     def __init__(self, name: str, path: Path | None = None) -> None:
         self.name, self._path = name, path
         self.answers = 0
-        """How many answers engines have told the length of."""
+        """So many times an engine has reported the length of an answer."""
         self.habits = Habits() if name == "learned" else None
         if self.habits is not None and path is not None:
             _read(path, self.habits)
@@ -49,7 +49,7 @@ class Eviction:
 
     @property
     def prompts(self) -> int:
-        """How many prompts have been learned from since the start."""
+        """The policy has learned from so many prompts since the start."""
         return self.habits.prompts() if self.habits is not None else 0
 
     def save(self) -> None:

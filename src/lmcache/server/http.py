@@ -69,7 +69,7 @@ _ROUTES = (
     f"GET /cache/objects, /cache/models; {_OF_CONTROLLER}; "
     "GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"
 )
-"""What there is, for those who ask for something else."""
+"""The answer to a request for an unknown path: it names the paths that exist."""
 _HEADERS = [("Connection", "close"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")]
 
 

@@ -31,7 +31,7 @@ _TokenId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 
 
 class Unknown(LMCacheError):
-    """What the caller names does not exist here."""
+    """The caller has named a model, chunk, pin or prefetch that this server does not have."""
 
 
 @dataclass(frozen=True)

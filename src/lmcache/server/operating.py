@@ -32,7 +32,7 @@ from lmcache.tiers import ShardKey
 logger = init_logger(__name__)
 MOST_PIN_SECONDS = 7 * 86400.0
 LISTED = 1000
-"""How many chunks one page of a list has, at most."""
+"""One page of a list has at most so many chunks."""
 _LISTED_AT_ONCE, _MOST_LOOKED_AT = 50, 20000
 """Records that are looked at in one turn of the loop, and for one page, which has fewer chunks then."""
 _TIER_SECONDS = 1.0
