@@ -23,6 +23,7 @@ from lmcache.config.options import peers
 from lmcache.engine.known import TIERS
 from lmcache.errors import ConfigError
 from lmcache.peers import dial, roster
+from lmcache.peers import tier as peer_tier
 from lmcache.peers.dial import Myself, Name
 from lmcache.peers.pulls import take
 from lmcache.peers.tier import PeersTier
@@ -757,6 +758,14 @@ def test_a_peer_of_another_version_is_refused_with_what_to_upgrade(asked: Callab
         assert one.do(Contains, KEYS) == [False] * 3, "without a connection nothing is waited for"
     finally:
         rogue.close()
+
+
+def test_status_tells_of_a_peer_when_its_connection_is_made_or_fails(
+    asked: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_tier, "_TICK_SECONDS", 1000)
+    one = asked([("127.0.0.1", free_port())])
+    assert "refused" in eventually(one.tier.degraded), "said at once, not at the next tick"
 
 
 def test_without_a_proof_nothing_is_pulled(asked: Callable[..., Asked]) -> None:

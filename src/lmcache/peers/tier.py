@@ -157,7 +157,7 @@ class PeersTier(AsyncTier):
         self._copiers = self._runtime.pool(_COPIERS, "lmcache-peers-copy")
         settings = self._names, self._myself, self._connections, self._timeout_seconds
         self._roster = Roster(
-            *settings, now=self._now, soon=self._soon, diallers=self._diallers, directory=self._directory
+            *settings, now=self._now, soon=self._soon_heard, diallers=self._diallers, directory=self._directory
         )
         woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._runtime.start(partial(self._run, woken), "lmcache-peers")
@@ -173,6 +173,14 @@ class PeersTier(AsyncTier):
             except BlockingIOError:
                 pass  # the pipe is full, so the thread wakes anyway
             return True
+
+    def _soon_heard(self, call: Callable[[], None]) -> bool:
+        """Run what another thread has found out about the peers. /status says it from then on, not from the next tick."""
+        return self._soon(partial(self._heard, call))
+
+    def _heard(self, call: Callable[[], None]) -> None:
+        call()
+        self._trouble = "; ".join(self._roster.troubles())
 
     def _run(self, woken: int) -> None:
         poller, watched, next_tick = zmq.Poller(), dict[Any, Peer](), self._now()
