@@ -1588,9 +1588,15 @@ def test_kinds_of_kv_that_are_not_served_are_named(weights: Path) -> None:
         describe_model(config, cache_config(FULL, MambaSpec(**aligned)))
     local.attention_chunk_size = 256
     assert len(describe_model(config, cache_config(FULL, local)).groups) == 2
-    config.speculative_config = SimpleNamespace(method="eagle3", draft_model_config=SimpleNamespace())
-    with pytest.raises(LayoutError, match="not supported with drafts of method 'eagle3' yet; use ngram"):
+    config.speculative_config = SimpleNamespace(method="dflash", draft_model_config=SimpleNamespace())
+    with pytest.raises(
+        LayoutError, match="not supported with drafts of method 'dflash' yet; use one of ngram, .*, eagle3"
+    ):
         describe_model(config, cache_config(FULL, local))
+    config.speculative_config = SimpleNamespace(
+        method="eagle3", draft_model_config=SimpleNamespace(model=str(weights), hf_config=None)
+    )
+    assert len(describe_model(config, cache_config(FULL, local)).groups) == 2
 
 
 @pytest.mark.usefixtures("release_with_groups")

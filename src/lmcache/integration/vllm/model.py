@@ -35,6 +35,9 @@ _SHAPE = (
 INDEXER_PARTS = {"values": ("fp8_e4m3", 0, 128), "scales": ("float32", 128, 4)}
 """What blocks of the KV of DeepSeek V3.2's indexers hold, one after the other and each for all tokens of the block: its dtype,
 and for each token the bytes before it and of it. A scale is not with its values, so each part is a group of its own."""
+_DRAFTS = ("draft_model", "eagle", "eagle3", "mtp")
+"""vLLM's ways of drafting with layers that have KV of their own: KV of a token once the token has been computed, as the model's
+layers have it. EAGLE and MTP compute it from the token and the one behind it."""
 _HEADS_KEYS = ("kv_heads", "key_value_heads", "heads_in_group", "attention_groups")
 _PLAIN_DTYPES = ("float32", "float16", "bfloat16")
 _WITH_SCALES = {
@@ -417,9 +420,10 @@ def _refuse_with_groups(vllm_config: Any, groups: Sequence[_Group]) -> None:
         raise LayoutError(
             "with speculative decoding the states of Mamba layers do not end where chunks do; leave --speculative-config out"
         )
-    if speculative is not None and draft_model_of(speculative) is not None and speculative.method != "draft_model":
+    if speculative is not None and draft_model_of(speculative) is not None and speculative.method not in _DRAFTS:
         raise LayoutError(
-            f"{kinds} are not supported with drafts of method {speculative.method!r} yet; use ngram, suffix or draft_model"
+            f"{kinds} are not supported with drafts of method {speculative.method!r} yet; use one of ngram, suffix, "
+            f"{', '.join(_DRAFTS)}"
         )
 
 
