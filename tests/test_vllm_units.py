@@ -1590,7 +1590,7 @@ def test_kinds_of_kv_that_are_not_served_are_named(weights: Path) -> None:
     assert len(describe_model(config, cache_config(FULL, local)).groups) == 2
     config.speculative_config = SimpleNamespace(method="dflash", draft_model_config=SimpleNamespace())
     with pytest.raises(
-        LayoutError, match="not supported with drafts of method 'dflash' yet; use one of ngram, .*, eagle3"
+        LayoutError, match=r"not supported with drafts of method 'dflash' yet; use one of ngram, .*, eagle3"
     ):
         describe_model(config, cache_config(FULL, local))
     config.speculative_config = SimpleNamespace(

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, EXPERTS = 8192, 256, 4, 2, 64, 512, 4
-LOUD, FAINT = 6.0, 0.02
+LOUD, FAINT = 12.0, 0.02
 """What the common layer's attention adds to a token's embedding of size 1, and what all else adds."""
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,

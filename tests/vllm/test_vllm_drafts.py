@@ -14,14 +14,15 @@ from vllm_processes import PYTHON, Engine, Server
 from prompts import tokens
 from real_engines import ROOT
 
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ngram": ("gemma3", {"prompt_lookup_max": 2}),
-    "draft_model": ("drafted", {"model": "drafter"}),
-    "eagle": ("target", {"model": "eagle"}),
-    "eagle3": ("target", {"model": "eagle3"}),
-    "mtp": ("mtp", {}),
+METHODS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "ngram": ("gemma3", 3, {"prompt_lookup_max": 2}),
+    "draft_model": ("drafted", 3, {"model": "drafter"}),
+    "eagle": ("target", 3, {"model": "eagle"}),
+    "eagle3": ("target", 1, {"model": "eagle3"}),
+    "mtp": ("mtp", 1, {}),
 }
-"""Method of vLLM -> the model, and what else is configured. Gemma 3 and the target of EAGLE have windows."""
+"""Method of vLLM -> the model, how many tokens are drafted at once, and what else is configured. Gemma 3 and the target of EAGLE
+have windows."""
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ def drafting(folder: Path, model: Path) -> Path:
 def test_speculative_decoding(folder: Path, drafting: Path, method: str) -> None:
     """Drafts from the prompt, and of layers that belong to the group of full attention. These foresee nearly all tokens as long
     as they have their own KV of the prompt."""
-    kind, more = METHODS[method]
-    speculative = {"method": method, "num_speculative_tokens": 1 if method == "mtp" else 3, **more}
+    kind, count, more = METHODS[method]
+    speculative = {"method": method, "num_speculative_tokens": count, **more}
     if "model" in speculative:
         speculative["model"] = str(drafting / speculative["model"])
     one = Serving(folder, kind, drafting / kind, Server(folder, CHUNK, 0, f"{method}-server"), None)  # type: ignore[arg-type]

@@ -203,8 +203,8 @@ class Api(Process):
         super().__init__(command, folder / f"{name}.log", **environ)
         self.wait_until(self._healthy, "vllm serve", START_SECONDS)
 
-    def complete(self, prompt: list[int], max_tokens: int = 4) -> dict[str, Any]:
-        """Text and log probabilities of one greedy completion."""
+    def complete(self, prompt: list[int], max_tokens: int = 4, rank: int | None = None) -> dict[str, Any]:
+        """Text and log probabilities of one greedy completion. rank: the data parallel rank that is to compute it."""
         body = {
             "model": "m",
             "prompt": prompt,
@@ -213,13 +213,14 @@ class Api(Process):
             "logprobs": 1,
             "ignore_eos": True,
         }
-        answer = self.post("/v1/completions", body)
+        answer = self.post("/v1/completions", body, **({} if rank is None else {"X-data-parallel-rank": str(rank)}))
         choice = answer["choices"][0]
         return {"tokens": choice["logprobs"]["tokens"], "logprobs": choice["logprobs"]["token_logprobs"]}
 
-    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def post(self, path: str, body: dict[str, Any] | None = None, **headers: str) -> Any:
+        headers = {"Content-Type": "application/json"} | headers
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body or {}).encode(), headers
         )
         with urllib.request.urlopen(request, timeout=REPLY_SECONDS) as answer:
             text = answer.read()
