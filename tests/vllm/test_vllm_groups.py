@@ -331,11 +331,10 @@ def test_pipeline_stages(folder: Path, models: Path, kind: str) -> None:
 def test_data_parallel_ranks(folder: Path, model: Path, models: Path, kind: str) -> None:
     """Each rank is an engine of its own to the server, and has what another one has computed."""
     server = Server(folder, CHUNK, 0, f"{kind}-ranks-server")
-    options = ["--data-parallel-size", "2", "--api-server-count", "1", "--max-model-len", "2048"]
+    options = ["--data-parallel-size", "2", "--api-server-count", "1"]
     options += ["--kv-transfer-config", json.dumps(server.config())]
     path = model if kind == "qwen3" else models / kind
-    # vLLM spawns five processes otherwise, each of which imports everything for itself
-    api = Api(folder, f"{kind}-ranks", path, *options, VLLM_WORKER_MULTIPROC_METHOD="fork")
+    api = Api(folder, f"{kind}-ranks", path, *options, forked=True)
 
     def loaded() -> float:
         return api.metric("vllm:external_prefix_cache_hits_total")

@@ -195,12 +195,20 @@ class Engine(Process):
 class Api(Process):
     """`vllm serve`, asked over HTTP."""
 
-    def __init__(self, folder: Path, name: str, model: Path, *options: str, **environ: str) -> None:
+    def __init__(
+        self, folder: Path, name: str, model: Path, *options: str, forked: bool = False, **environ: str
+    ) -> None:
+        """forked: start it by `serve_forked.py`."""
         self.port = free_port()
-        command = [str(Path(PYTHON).with_name("vllm")), "serve", str(model), "--dtype", "float32", "--enforce-eager"]
+        program = [str(Path(PYTHON).with_name("vllm"))]
+        start: Callable[..., Any] = subprocess.Popen
+        if forked:
+            program = [PYTHON, str(Path(__file__).with_name("serve_forked.py"))]
+            start = functools.partial(zygotes.start, (*MODULES, "vllm.entrypoints.cli.main"))
+        command = [*program, "serve", str(model), "--dtype", "float32", "--enforce-eager"]
         command += ["--kv-cache-memory-bytes", str(KV_BYTES), "--max-model-len", "4096"]
         command += ["--port", str(self.port), "--served-model-name", "m", *options]
-        super().__init__(command, folder / f"{name}.log", **environ)
+        super().__init__(command, folder / f"{name}.log", start, **environ)
         self.wait_until(self._healthy, "vllm serve", START_SECONDS)
 
     def complete(self, prompt: list[int], max_tokens: int = 4, rank: int | None = None) -> dict[str, Any]:
