@@ -24,6 +24,7 @@ native = Extension(
             "notes",
             "groups",
             "heaps",
+            "rival",
             "habits",
             "exchange",
             "device",

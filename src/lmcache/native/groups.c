@@ -56,7 +56,7 @@ uint32_t lmcache_new_group(learned_t *l, unsigned kind, unsigned turn, uint32_t 
     uint32_t id = take(&l->groups);
     group_t *group = group_at(l, id);
     memset(group, 0, sizeof *group);
-    group->time = l->now;
+    group->time = group->used = l->now;
     group->prompt = prompt;
     group->path = path;
     group->kind = (uint16_t)kind;
@@ -103,9 +103,11 @@ void lmcache_leave_behind(learned_t *l, uint32_t fork)
     if (!length)
         return;
     const group_t *before = group_at(l, at_fork->group);
+    double used = before->used;
     uint32_t left =
         lmcache_new_group(l, left_kind(at_fork->count, length), before->turn, before->path, ++l->prompts);
     uint32_t id = at_fork->following, candidates = NONE;
+    group_at(l, left)->used = used;
     for (uint32_t i = 0; i < length; i++, id = note_at(l, id)->following) {
         int candidate = lmcache_leave_group(l, id, 0);
         join_group(l, id, left);

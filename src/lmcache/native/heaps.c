@@ -1,5 +1,5 @@
-/* Which group of the learned policy is worth least: pairing heaps of groups, for each kind and age, the oldest one on top; and the
- * candidates of each group, without which a group is in no heap.
+/* Which group of the learned policy is worth least: pairing heaps of groups, for each kind and age, the one on top that was used before
+ * all others; and the candidates of each group, without which a group is in no heap.
  */
 #include "learning.h"
 
@@ -165,4 +165,39 @@ void lmcache_become_candidates(learned_t *l, uint32_t id)
         lmcache_become_candidate(l, id);
         id = next;
     }
+}
+
+uint32_t lmcache_least_group(const learned_t *l)
+{
+    uint32_t chosen = NONE;
+    float least = INFINITY;
+    for (unsigned word = 0; word < KINDS / 64 + 1; word++)
+        for (uint64_t left = l->kinds[word]; left; left &= left - 1) {
+            unsigned kind = 64 * word + (unsigned)__builtin_ctzll(left);
+            if (l->least[kind] > least)
+                continue;
+            uint32_t oldest = root_of(l, kind, l->least_age[kind]);
+            if (l->least[kind] < least || is_before(group_at(l, oldest), group_at(l, chosen)))
+                chosen = oldest;
+            least = l->least[kind];
+        }
+    return chosen;
+}
+
+uint32_t lmcache_oldest_group(const learned_t *l)
+{
+    uint32_t chosen = NONE;
+    for (unsigned word = 0; word < KINDS / 64 + 1; word++)
+        for (uint64_t left = l->kinds[word]; left; left &= left - 1) {
+            unsigned kind = 64 * word + (unsigned)__builtin_ctzll(left);
+            uint64_t ages = l->filled[kind];
+            if (kind < FINE) /* only what was left behind can have been used before what is older */
+                ages = (uint64_t)1 << (AGES - 1 - __builtin_clzll(ages));
+            for (; ages; ages &= ages - 1) {
+                uint32_t oldest = root_of(l, kind, (unsigned)__builtin_ctzll(ages));
+                if (chosen == NONE || is_before(group_at(l, oldest), group_at(l, chosen)))
+                    chosen = oldest;
+            }
+        }
+    return chosen;
 }

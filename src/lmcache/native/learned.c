@@ -16,6 +16,7 @@
 #include <math.h>
 
 #define HOT 32          /* nothing is left behind at a chunk that was used more often: other prompts still go there */
+#define AT_ONCE 2048    /* chunks that are learned from in one call, some 0.2 ms */
 #define AGAIN_SECONDS 0.05 /* the same prompt within so short a time is one prompt, for example of two ranks */
 
 /* Learning from prompts */
@@ -37,6 +38,7 @@ static void learn(table_t *t, double now, const uint8_t *keys, size_t count)
     if (!count || prepare(&l->notes, count) < 0 || prepare(&l->groups, 1 + COUNTS * 2) < 0)
         return;
     size_t known = lmcache_find_path(t, keys, count);
+    lmcache_rival_asked(l, l->path, count, known);
     unsigned turn = 1;
     if (known) {
         uint32_t deepest = l->path[known - 1];
@@ -108,20 +110,27 @@ static void learn_answer(table_t *t, double now, const uint8_t *key, uint32_t to
         lmcache_change_kind(l, id, tokens);
 }
 
+static size_t chunks_of(const news_t *news)
+{
+    return news->answered < 0 ? (size_t)PyBytes_Size(news->hashes) / KEY_BYTES : 0;
+}
+
 static void learn_first(table_t *t)
 {
     learned_t *l = t->learned;
     news_t first = l->waiting[0];
     const uint8_t *keys = (const uint8_t *)PyBytes_AsString(first.hashes);
     l->waiting_count--;
+    l->waiting_chunks -= chunks_of(&first);
     memmove(l->waiting, l->waiting + 1, l->waiting_count * sizeof first);
     if (first.answered < 0)
-        learn(t, first.now, keys, (size_t)PyBytes_Size(first.hashes) / KEY_BYTES);
+        learn(t, first.now, keys, chunks_of(&first));
     else
         learn_answer(t, first.now, keys, (uint32_t)first.answered);
     Py_DECREF(first.hashes);
 }
 
+/* Learns all that waits, since something depends on it: AT_ONCE chunks at most, and one prompt. */
 static void settle(table_t *t)
 {
     while (t->learned->waiting_count)
@@ -130,13 +139,25 @@ static void settle(table_t *t)
 
 /* The functions of the policy */
 
+/* Learns while nobody waits: AT_ONCE chunks at most, or one prompt. Each prompt that waits brings a call of its own. */
+static void learned_settled(table_t *t)
+{
+    learned_t *l = t->learned;
+    size_t chunks = 0;
+    while (l->waiting_count && (!chunks || chunks + chunks_of(l->waiting) <= AT_ONCE)) {
+        chunks += chunks_of(l->waiting);
+        learn_first(t);
+    }
+}
+
 static void put_off(table_t *t, double now, PyObject *hashes, int64_t answered)
 {
     learned_t *l = t->learned;
-    if (l->waiting_count == WAITING)
+    while (l->waiting_count == WAITING || l->waiting_chunks > AT_ONCE)
         learn_first(t);
     news_t news = {now, hashes, answered};
     Py_INCREF(hashes);
+    l->waiting_chunks += chunks_of(&news);
     l->waiting[l->waiting_count++] = news;
 }
 
@@ -179,6 +200,7 @@ static void learned_inserted(table_t *t, uint32_t id)
     learned_t *l = t->learned;
     settle(t);
     l->rows++;
+    lmcache_rival_inserts(l);
     record_t *r = at(t, id);
     uint32_t note = find_note(l, r->keyed.key);
     if (note == NONE)
@@ -239,23 +261,10 @@ static int learned_victim(table_t *t, uint32_t *id)
 {
     learned_t *l = t->learned;
     settle(t);
+    lmcache_rival_evicts(l);
     lmcache_grow_older(l);
     lmcache_note_new_worths(l);
-    for (;;) {
-        uint32_t chosen = NONE;
-        float least = INFINITY;
-        for (unsigned word = 0; word < KINDS / 64 + 1; word++)
-            for (uint64_t left = l->kinds[word]; left; left &= left - 1) {
-                unsigned kind = 64 * word + (unsigned)__builtin_ctzll(left);
-                if (l->least[kind] > least)
-                    continue;
-                uint32_t oldest = root_of(l, kind, l->least_age[kind]);
-                if (l->least[kind] < least || is_before(group_at(l, oldest), group_at(l, chosen)))
-                    chosen = oldest;
-                least = l->least[kind];
-            }
-        if (chosen == NONE)
-            break;
+    for (uint32_t chosen; (chosen = l->rival.leads ? lmcache_oldest_group(l) : lmcache_least_group(l)) != NONE;) {
         uint32_t note = group_at(l, chosen)->candidates;
         *id = note_at(l, note)->row;
         if (is_evictable(at(t, *id)))
@@ -266,7 +275,7 @@ static int learned_victim(table_t *t, uint32_t *id)
     return 0;
 }
 
-/* The order of all records: groups by worth, then by age; within a group, later records first. */
+/* The order of all records: groups by worth, unless LRU leads, then by age; within a group, later records first. */
 
 typedef struct {
     float worth;
@@ -301,7 +310,8 @@ static int learned_order(table_t *t, uint32_t *ids)
     for (int age = 0; age < AGES; age++)
         for (uint32_t id = l->first[age]; id != NONE; id = group_at(l, id)->after) {
             const group_t *group = group_at(l, id);
-            place_t place = {l->habits->worth[KINDS_AT + group->kind][age], group->prompt, id, 0, group->time};
+            float worth = l->rival.leads ? 0 : l->habits->worth[KINDS_AT + group->kind][age];
+            place_t place = {worth, group->prompt, id, 0, group->used};
             places[groups++] = place;
         }
     qsort(places, groups, sizeof(place_t), compare_places);
@@ -360,6 +370,11 @@ static void learned_ended(table_t *t)
     free_learned(t->learned);
 }
 
+int lmcache_learned_leaves_it_to_lru(const learned_t *l)
+{
+    return l->rival.leads;
+}
+
 learned_t *lmcache_new_learned(PyObject *habits, const uint64_t seed[2])
 {
     learned_t *l = calloc(1, sizeof *l);
@@ -377,6 +392,7 @@ learned_t *lmcache_new_learned(PyObject *habits, const uint64_t seed[2])
     for (unsigned kind = 0; kind < KINDS; kind++)
         l->least[kind] = INFINITY;
     l->version = l->habits->version;
+    lmcache_begin_rival(&l->rival);
     l->notes.segments.shift = l->groups.segments.shift = NOTES_SHIFT;
     memcpy(l->hashed.seed, seed, sizeof l->hashed.seed);
     l->roots = calloc(KINDS, sizeof *l->roots);
@@ -399,6 +415,6 @@ const policy_t lmcache_learned = {
     .victim = learned_victim,
     .order = learned_order,
     .memory_bytes = learned_memory_bytes,
-    .settled = settle,
+    .settled = learned_settled,
     .ended = learned_ended,
 };

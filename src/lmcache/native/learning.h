@@ -8,7 +8,11 @@
 #define NOTES_SHIFT 12  /* notes and groups in a segment, as a power of two */
 #define WAITING 16      /* prompts in the queue */
 
-enum { CANDIDATE = 1, PASSED_BY = 2 /* no longer remembered once it has left the table */ };
+enum {
+    CANDIDATE = 1,
+    PASSED_BY = 2, /* no longer remembered once it has left the table */
+    IN_LRU = 4,    /* LRU would have it */
+};
 
 typedef struct {
     keyed_t keyed;
@@ -23,7 +27,8 @@ typedef struct {
 } note_t;
 
 typedef struct {
-    double time;
+    double time; /* since when it ages */
+    double used; /* when its chunks were used: earlier than `time` if they were left behind */
     uint32_t prompt; /* the number of what made it: larger ones came later */
     uint32_t path;   /* length of the prompt, in chunks */
     uint32_t size, left;   /* chunks at first, and those that have not been used since */
@@ -47,6 +52,16 @@ typedef struct {
     uint32_t next, free_head;
 } pool_t;
 
+/* What LRU would find in as much memory: rival.c explains it. All but the first line is in chunks. */
+typedef struct {
+    uint32_t edge, held, room; /* the oldest note that LRU would have, how many it would have, and how many fit; NONE if any */
+    int filled; /* chunks have been inserted since the last eviction */
+    int leads;  /* evict as LRU does */
+    uint64_t times; /* that this has begun */
+    double recently, asked_recently, in_total, asked_in_total; /* found, less what LRU would have found; and asked for */
+    double since; /* asked for since LRU leads */
+} rival_t;
+
 typedef struct learned {
     habits_t *habits;
     double now;
@@ -64,11 +79,13 @@ typedef struct learned {
     uint64_t version; /* of the habits that `least` was computed from */
     news_t waiting[WAITING];
     unsigned waiting_count;
+    size_t waiting_chunks; /* of the prompts in the queue */
     uint32_t *path; /* room for the notes of a prompt */
     size_t path_room;
     uint32_t growing; /* the group of the last chunks that were stored without a lookup, or NONE */
     uint32_t rows;    /* in the table, when all prompts that wait have been learned from */
     uint32_t unknown; /* rows without a note, because memory was short */
+    rival_t rival;
 } learned_t;
 
 /* Pools of notes and groups, which never move */
@@ -131,7 +148,7 @@ static inline void join_group(learned_t *l, uint32_t id, uint32_t group)
 
 static inline int is_before(const group_t *a, const group_t *b)
 {
-    return a->time < b->time || (a->time == b->time && a->prompt < b->prompt);
+    return a->used < b->used || (a->used == b->used && a->prompt < b->prompt);
 }
 
 static inline uint32_t root_of(const learned_t *l, unsigned kind, unsigned age)
@@ -167,6 +184,17 @@ void lmcache_leave_behind(learned_t *l, uint32_t fork);
 /* The chunks of a group are of another kind, since their prompt has been answered: from their present age on. */
 void lmcache_change_kind(learned_t *l, uint32_t id, uint32_t tokens);
 
+/* rival.c: what happens to notes and rows, before it does; `appends` and `inserts` after it. */
+
+void lmcache_begin_rival(rival_t *r);
+void lmcache_rival_appends(learned_t *l, uint32_t note);
+void lmcache_rival_unlinks(learned_t *l, uint32_t note);
+void lmcache_rival_forgets(learned_t *l, uint32_t note);
+void lmcache_rival_inserts(learned_t *l);
+void lmcache_rival_evicts(learned_t *l);
+/* A prompt of `count` chunks has come; `path` has the notes of the first `known`, and nothing is changed for it yet. */
+void lmcache_rival_asked(learned_t *l, const uint32_t *path, size_t count, size_t known);
+
 /* heaps.c */
 
 void lmcache_enter_heap(learned_t *l, uint32_t id);
@@ -178,5 +206,8 @@ int lmcache_end_candidate(learned_t *l, uint32_t id);
 void lmcache_become_candidates(learned_t *l, uint32_t id);
 /* Rows are derived one after the other, so those that have changed since the last call are the last ones. */
 void lmcache_note_new_worths(learned_t *l);
+/* The group with candidates that is worth least, or the oldest one; NONE without any. */
+uint32_t lmcache_least_group(const learned_t *l);
+uint32_t lmcache_oldest_group(const learned_t *l);
 
 #endif

@@ -10,6 +10,7 @@ void lmcache_unlink_note(learned_t *l, uint32_t id)
     note_t *note = note_at(l, id);
     if (l->cursor == id)
         l->cursor = note->newer;
+    lmcache_rival_unlinks(l, id);
     if (note->older != NONE)
         note_at(l, note->older)->newer = note->newer;
     else
@@ -34,6 +35,7 @@ void lmcache_append_note(learned_t *l, uint32_t id)
     l->newest = id;
     if (l->cursor == NONE)
         l->cursor = id;
+    lmcache_rival_appends(l, id);
 }
 
 uint32_t lmcache_new_note(table_t *t, const uint8_t *key)
@@ -55,6 +57,7 @@ void lmcache_forget(table_t *t, uint32_t id)
     remove_hashed(&l->hashed, &l->notes.segments, sizeof(note_t), id);
     lmcache_leave_group(l, id, 0);
     lmcache_unlink_note(l, id);
+    lmcache_rival_forgets(l, id);
     l->known--;
     give_back(&l->notes, id);
 }

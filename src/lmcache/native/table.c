@@ -416,6 +416,13 @@ static PyObject *table_settle(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+static PyObject *table_follows_lru(PyObject *self, PyObject *unused)
+{
+    const table_t *t = (const table_t *)self;
+    (void)unused;
+    return PyBool_FromLong(t->policy == &lmcache_lru || (t->learned && lmcache_learned_leaves_it_to_lru(t->learned)));
+}
+
 static PyObject *table_victim(PyObject *self, PyObject *unused)
 {
     table_t *t = (table_t *)self;
@@ -875,7 +882,7 @@ static void table_dealloc(PyObject *self)
 
 static PyMethodDef methods[] = {
     ONE(match),         ONE(get),           SEVERAL(insert),    ONE(detach),    ONE(free),       ONE(touch),
-    SEVERAL(asked),     NOTHING(settle),    SEVERAL(answered),  ONE(touch_path), NOTHING(victim), ONE(evictable),
+    SEVERAL(asked),     NOTHING(settle),    SEVERAL(answered),  ONE(touch_path), NOTHING(victim), NOTHING(follows_lru), ONE(evictable),
     ONE(pin),           ONE(unpin),         SEVERAL(begin_fill), SEVERAL(end_fill), SEVERAL(state), SEVERAL(extent),
     ONE(extents),       ONE(key),           SEVERAL(in_sectors), SEVERAL(numbered),
     ONE(parent),        ONE(children),      ONE(only_child),    ONE(pins),          ONE(filling),   ONE(complete),
