@@ -18,7 +18,13 @@ native = Extension(
             "module",
             "copy",
             "table",
+            "lru",
+            "plugged",
             "learned",
+            "notes",
+            "groups",
+            "heaps",
+            "rival",
             "habits",
             "exchange",
             "device",
@@ -30,7 +36,19 @@ native = Extension(
     ],
     depends=[
         f"src/lmcache/native/{name}.h"
-        for name in ("native", "table", "learned", "habits", "kernels", "kernels_x86", "kernels_neon", "xxh3")
+        for name in (
+            "native",
+            "hashed",
+            "table",
+            "arguments",
+            "learned",
+            "learning",
+            "habits",
+            "kernels",
+            "kernels_x86",
+            "kernels_neon",
+            "xxh3",
+        )
     ],
     extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden"],
     define_macros=[("Py_LIMITED_API", "0x030a0000")],

@@ -40,6 +40,11 @@ class Group:
     kind: int
     turn: int
     size: int = 0
+    used: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.used < 0:
+            self.used = self.time
 
 
 @dataclass
@@ -50,6 +55,55 @@ class Note:
     following: bytes = b""
     resident: bool = False
     passed: bool = False
+
+
+@dataclass
+class Rival:
+    """What LRU would find, and whether to evict as it does."""
+
+    room: float = math.inf
+    filled: bool = False
+    leads: bool = False
+    times: int = 0
+    held: dict[bytes, None] = field(default_factory=dict)
+    """What LRU would have, in the order of access."""
+    recently: float = 0.0
+    asked_recently: float = 0.0
+    in_total: float = 0.0
+    asked_in_total: float = 0.0
+    since: float = 0.0
+
+    def accessed(self, name: bytes) -> None:
+        self.held.pop(name, None)
+        self.held[name] = None
+        for oldest in list(self.held)[:4]:
+            if len(self.held) > self.room:
+                del self.held[oldest]
+
+    def asked(self, path: list[bytes], resident: list[bool]) -> None:
+        if self.room == math.inf:
+            return
+        gained = _leading(resident) - _leading([name in self.held for name in path])
+        room, asked = max(self.room, 64), len(path)
+        self.recently = self.recently * math.exp(-asked / (8 * room)) + gained
+        self.asked_recently = self.asked_recently * math.exp(-asked / (8 * room)) + asked
+        self.in_total = self.in_total * math.exp(-asked / (256 * room)) + gained
+        self.asked_in_total = self.asked_in_total * math.exp(-asked / (256 * room)) + asked
+        self.since += asked
+        if self.leads:
+            self.leads = self.since <= room or self.in_total <= -0.0013 * self.asked_in_total
+            if not self.leads:
+                self.recently = self.asked_recently = 0.0
+            return
+        earlier = max(0.0, self.in_total - min(0.0, self.recently))
+        most = 0.005 * self.asked_recently + 0.02 * room + 0.5 * earlier
+        if self.recently < -most or self.in_total < -0.0018 * self.asked_in_total - 0.02 * room:
+            self.leads, self.since = True, 0.0
+            self.times += 1
+
+
+def _leading(there: list[bool]) -> int:
+    return next((at for at, one in enumerate(there) if not one), len(there))
 
 
 @dataclass
@@ -65,6 +119,7 @@ class Learned:
     used: dict[tuple[int, int], float] = field(default_factory=dict)
     ended: dict[tuple[int, int], float] = field(default_factory=dict)
     growing: Group | None = None
+    rival: Rival = field(default_factory=Rival)
 
     def _leave(self, name: bytes, used: bool) -> None:
         note = self.notes[name]
@@ -76,6 +131,7 @@ class Learned:
     def asked(self, now: float, path: list[bytes]) -> None:
         self.now = max(now, self.now)
         known = next((at for at, name in enumerate(path) if name not in self.notes), len(path))
+        self.rival.asked(path, [name in self.notes and self.notes[name].resident for name in path])
         turn, deepest = 1, self.notes[path[known - 1]] if known else None
         if deepest is not None:
             before = deepest.group
@@ -101,6 +157,7 @@ class Learned:
             self.accesses += 1
             note.access, note.passed, note.following = self.accesses, False, following
             self.notes[name] = note
+            self.rival.accessed(name)
             following = name
         self._forget_old(len(path))
 
@@ -113,7 +170,7 @@ class Learned:
             return
         self.prompts += 1
         kind = FINE + count_code(fork.count) * SIZES + size_code(len(left))
-        group = Group(self.now, self.prompts, fork.group.path, kind, fork.group.turn, len(left))
+        group = Group(self.now, self.prompts, fork.group.path, kind, fork.group.turn, len(left), fork.group.used)
         for name in left:
             self._leave(name, used=False)
             self.notes[name].group = group
@@ -130,6 +187,9 @@ class Learned:
 
     def inserted(self, name: bytes, parent: bytes) -> None:
         self.attached += 1
+        self.rival.filled = True
+        if self.rival.room < self.attached:
+            self.rival.room = self.attached
         if name not in self.notes:
             above = self.notes[parent].group if parent else None
             turn = above.turn if above else 1
@@ -143,14 +203,21 @@ class Learned:
             self.accesses += 1
             self.notes[name] = Note(self.growing, self.accesses, 1)
             self.notes[name].resident = True
+            self.rival.accessed(name)
             self._forget_old(1)
         self.notes[name].resident = True
+
+    def evicts(self) -> None:
+        if self.rival.filled:
+            self.rival.room = self.attached
+        self.rival.filled = False
 
     def removed(self, name: bytes) -> None:
         self.attached -= 1
         self.notes[name].resident = False
         if self.notes[name].passed:
             self._leave(name, used=False)
+            self.rival.held.pop(name, None)
             del self.notes[name]
 
     def _forget_old(self, accesses: int) -> None:
@@ -166,9 +233,12 @@ class Learned:
                 note.passed = True
             else:
                 self._leave(name, used=False)
+                self.rival.held.pop(name, None)
                 del self.notes[name]
 
     def place(self, name: bytes, worth: array[float]) -> tuple[float, float, int]:
         """Where the chunk stands: the one with the least place is evicted first."""
         group = self.notes[name].group
-        return worth[group.kind * AGES + age_of(self.now - group.time)], group.time, group.prompt
+        if self.rival.leads:
+            return 0.0, group.used, group.prompt
+        return worth[group.kind * AGES + age_of(self.now - group.time)], group.used, group.prompt

@@ -150,6 +150,9 @@ class PyTable:
     def settle(self) -> None:
         pass
 
+    def follows_lru(self) -> bool:
+        return isinstance(self._policy, LRU)
+
     def touch_path(self, record: int, /) -> None:
         if not self._record(record).attached:
             return

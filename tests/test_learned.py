@@ -108,8 +108,14 @@ class World:
         self.table.unpin(pack([self.rows[name]]))
         self.pinned.remove(name)
 
+    def settle(self) -> None:
+        for _ in range(16):  # a call may leave something for the next one
+            self.table.settle()
+
     def evict(self) -> bool:
-        self.table.settle()
+        self.settle()
+        self.slow.evicts()
+        assert self.table.follows_lru() == self.slow.rival.leads
         worth = worths_of(self.habits)
         above, pinned = {self.parent[name] for name in self.rows}, set(self.pinned)
         places = {name: self.slow.place(name, worth) for name in self.rows if name not in above and name not in pinned}
@@ -135,6 +141,7 @@ def test_it_evicts_what_a_search_through_everything_finds(seed: int) -> None:
     assert len(world.victims) > 100 and world.slow.accesses > 2000
     order = unpack(world.table.survey(pack([0, 1])))
     assert order[0] == len(world.rows)  # every record has a place in the order
+    assert world.slow.rival.asked_in_total > 1000  # what LRU would find was compared, and `evict` has checked who leads
     used = array("d", world.habits.saved()[: KINDS * AGES * 8])
     assert sum(used) == pytest.approx(sum(world.slow.used.values()), rel=0.1)  # it forgets a little
 
@@ -144,8 +151,89 @@ def test_when_it_learns_changes_nothing() -> None:
     for world in (seldom, often):
         for _ in range(300):
             world.step()
-        world.table.settle()
+        world.settle()
     assert seldom.victims == often.victims and seldom.habits.saved() == often.habits.saved()
+
+
+def found(prompts: list[tuple[float, list[bytes]]], room: int, table: Table) -> tuple[int, int]:
+    """Replay prompts in a table of so many chunks; return how many chunks it found, and how many prompts it met as LRU."""
+    held = hits = by_lru = 0
+    for now, names in prompts:
+        hashes = b"".join(names)
+        ids = table.match(hashes)
+        table.asked(now, hashes)
+        table.touch(ids)
+        hits += len(ids) // 4
+        path = list(unpack(ids))
+        table.pin(ids)
+        for name in names[len(path) :]:
+            if held == room:
+                table.free(*unpack(table.detach(table.victim())))
+                held -= 1
+            path.append(table.insert(name, path[-1] if path else -1))
+            held += 1
+            table.begin_fill(path[-1], 0, 0)
+            table.end_fill(path[-1], 0, True)
+            table.pin(pack([path[-1]]))
+        table.unpin(pack(path))
+        table.touch(pack(path))
+        by_lru += table.follows_lru()
+    return hits, by_lru
+
+
+def changing(seed: int) -> list[tuple[float, list[bytes]]]:
+    """Prompts whose habits change: recent ones are used again for a while, and any of them with equal chance after that."""
+    dice, now, names = random.Random(seed), 0.0, 0
+    prompts = list[tuple[float, list[bytes]]]()
+    for phase in range(8):
+        pool = [[key_of(f"{phase} {one} {at}") for at in range(dice.randint(5, 15))] for one in range(60)]
+        for _ in range(400):
+            now += dice.expovariate(1.0)
+            if phase % 2:
+                prompts.append((now, dice.choice(pool)))
+                continue
+            chosen = pool.pop(min(59, int(dice.expovariate(1 / 6))))
+            names += 1
+            pool.insert(0, [*chosen, key_of(f"more {names}")][-40:] if len(chosen) < 40 else chosen)
+            prompts.append((now, pool[0]))
+    return prompts
+
+
+def test_it_evicts_as_lru_does_where_it_finds_less() -> None:
+    prompts = changing(9)
+    asked = sum(len(names) for _, names in prompts)
+    for room in (60, 150, 300):
+        (learned, by_lru), (lru, _) = found(prompts, room, Table(1, Habits())), found(prompts, room, Table(1))
+        assert learned - lru > -0.003 * asked
+        assert 0 < by_lru < len(prompts)  # it has given way, and was not given up
+
+
+def test_it_does_not_give_way_to_lru_where_it_finds_more() -> None:
+    """Of prompts that come round and round LRU finds none."""
+    prompts = [(float(at), [key_of(f"{at % 40} {one}") for one in range(10)]) for at in range(1200)]
+    (learned, by_lru), (lru, _) = found(prompts, 200, Table(1, Habits())), found(prompts, 200, Table(1))
+    assert lru == 0 and learned > 2000 and by_lru == 0
+
+
+def test_one_call_learns_from_a_bounded_number_of_chunks() -> None:
+    habits = Habits()
+    table = Table(1, habits)
+
+    def prompt(number: int, chunks: int) -> bytes:
+        return b"".join(key_of(f"{number} {at}") for at in range(chunks))
+
+    for number in range(2):
+        table.asked(1.0, prompt(number, 1500))
+    for learned in (1, 2, 2):
+        table.settle()
+        assert habits.prompts() == learned
+    for number in range(2, 12):
+        table.asked(1.0, prompt(number, 100))
+    table.settle()  # short ones in one call
+    assert habits.prompts() == 12
+    for number in range(12, 16):  # nobody is idle: what waits is bounded, too
+        table.asked(1.0, prompt(number, 1500))
+    assert habits.prompts() == 14
 
 
 def test_what_is_used_again_after_a_pause_is_kept_over_it() -> None:
@@ -332,6 +420,7 @@ def test_the_server_says_which_policy_it_runs_and_goes_on_after_a_restart(
             engine.hits(key_of(f"{start} {at}"))
         told = cache.status()["eviction"]
         assert told["policy"] == "learned"
+        assert [one["evicts_as_lru"] for one in cache.status()["l1"]["spaces"]] == [False]
         assert cache.counters()['eviction_policy{policy="learned"}'] == 1
         said = "".join(cache.log)
         assert "learned eviction" in said

@@ -75,7 +75,7 @@ class Policy(ABC):
 class LRU(Policy):
     """Evicts the least recently used row first. Two flat arrays form a doubly linked ring, with 8 bytes for each row.
 
-    Row 0 stands between the newest and the oldest row. The table in C (`native/table.c`) keeps the same ring in its records.
+    Row 0 stands between the newest and the oldest row. The table in C (`native/lru.c`) keeps the same ring in its records.
     """
 
     def __init__(self) -> None:

@@ -263,6 +263,5 @@ int lmcache_add_habits(PyObject *module)
         begin = end;
         end = FIRST_SECONDS * exp2((age + 1.0) / AGES_AN_OCTAVE);
     }
-    habits_type = PyType_FromSpec(&type_spec);
-    return habits_type ? PyModule_AddType(module, (PyTypeObject *)habits_type) : -1;
+    return lmcache_add_type(module, &type_spec, &habits_type);
 }

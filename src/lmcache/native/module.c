@@ -2,6 +2,19 @@
 #include "habits.h"
 #include "native.h"
 
+int lmcache_add_type(PyObject *module, PyType_Spec *spec, PyObject **kept)
+{
+    PyObject *type = PyType_FromSpec(spec);
+    if (!type)
+        return -1;
+    int added = PyModule_AddType(module, (PyTypeObject *)type);
+    if (kept && added == 0)
+        *kept = type;
+    else
+        Py_DECREF(type);
+    return added;
+}
+
 static int execute(PyObject *module)
 {
     if (PyModule_AddFunctions(module, lmcache_copy_methods) < 0)

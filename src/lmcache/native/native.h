@@ -71,6 +71,10 @@ extern PyMethodDef lmcache_pack12_methods[];
 /* int8.c: the codec of that name. Ends with a zero entry. */
 extern PyMethodDef lmcache_int8_methods[];
 
+/* module.c: adds the type to the module, and keeps a reference to it in `kept`, unless that is NULL. 0, or -1 with a Python error
+ * set. */
+int lmcache_add_type(PyObject *module, PyType_Spec *spec, PyObject **kept);
+
 /* table.c: adds the `Table` type to the module. Returns 0, or -1 with a Python error set. */
 int lmcache_add_table(PyObject *module);
 

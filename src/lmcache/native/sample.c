@@ -452,10 +452,5 @@ static PyType_Spec type_spec = {
 
 int lmcache_add_sample(PyObject *module)
 {
-    PyObject *type = PyType_FromSpec(&type_spec);
-    if (!type)
-        return -1;
-    int added = PyModule_AddType(module, (PyTypeObject *)type);
-    Py_DECREF(type);
-    return added;
+    return lmcache_add_type(module, &type_spec, NULL);
 }

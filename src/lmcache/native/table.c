@@ -4,24 +4,18 @@
  * Records lie in segments that never move, so the table grows without a pause. A record has 64 bytes, one cache line; the
  * sectors and states of all shards, 5 bytes a shard, follow the records of a segment.
  *
- * The hash table is a linear one (Litwin 1980): buckets are heads of chains through the records, and while there are fewer
- * than two buckets a record, each insert splits the next two. It is never rebuilt. Clients choose the hashes, so a secret is
- * mixed into the number of the bucket.
+ * hashed.h has the hash table.
  *
- * A policy, a `policy_t` here, decides the order of eviction: `lru` keeps its list in the records, `lmcache_learned` (learned.c)
- * goes by what was learned from earlier prompts, and `plugged` calls an object in Python. The table itself decides which records are evictable.
- *
- * LRU finds a victim with a cursor that walks from the oldest end of the list and passes records that are not evictable. A record
- * that was passed and becomes evictable later enters a heap ordered by age; all records in the heap are older than the cursor. A
- * record is passed once for each touch, so finding a victim costs O(1) in ordinary use and O(log n) at worst, amortised.
+ * A policy, a `policy_t` here, decides the order of eviction: `lmcache_lru` (lru.c) goes by the last use, `lmcache_learned` (learned.c)
+ * goes by what was learned from earlier prompts, and `lmcache_plugged` (plugged.c) calls an object in Python. The table itself decides which records are evictable.
  */
+#include "arguments.h"
 #include "habits.h"
 #include "learned.h"
-#include "table.h"
 
 static inline uint32_t *segment_sectors(const table_t *t, size_t segment)
 {
-    return (uint32_t *)(t->segments[segment] + segment_records(t) * sizeof(record_t));
+    return (uint32_t *)(t->segments.all[segment] + segment_records(t) * sizeof(record_t));
 }
 
 static inline uint8_t *segment_states(const table_t *t, size_t segment)
@@ -31,12 +25,12 @@ static inline uint8_t *segment_states(const table_t *t, size_t segment)
 
 static inline uint32_t *sectors_of(const table_t *t, uint32_t id)
 {
-    return segment_sectors(t, id >> t->shift) + (id & (segment_records(t) - 1)) * t->shards;
+    return segment_sectors(t, id >> t->segments.shift) + (id & (segment_records(t) - 1)) * t->shards;
 }
 
 static inline uint8_t *states_of(const table_t *t, uint32_t id)
 {
-    return segment_states(t, id >> t->shift) + (id & (segment_records(t) - 1)) * t->shards;
+    return segment_states(t, id >> t->segments.shift) + (id & (segment_records(t) - 1)) * t->shards;
 }
 
 static size_t segment_size(const table_t *t)
@@ -45,110 +39,26 @@ static size_t segment_size(const table_t *t)
     return (size + 63) & ~(size_t)63;
 }
 
-/* Makes room for one more pointer in a growing array of pointers. */
-static int reserve_pointer(void **array, size_t count, size_t *room)
-{
-    if (count < *room)
-        return 0;
-    size_t wanted = *room ? 2 * *room : 16;
-    void *grown = realloc(*array, wanted * sizeof(void *));
-    if (!grown)
-        return -1;
-    *array = grown;
-    *room = wanted;
-    return 0;
-}
-
 /* Returns an unused id, or NONE with an error set. The record is not initialised. */
 static uint32_t take_id(table_t *t)
 {
     if (t->free_head != NONE) {
         uint32_t id = t->free_head;
-        t->free_head = at(t, id)->next;
+        t->free_head = at(t, id)->keyed.next;
         return id;
     }
     if (t->next_id == MAX_RECORDS) {
         PyErr_Format(PyExc_ValueError, "the table is full: %u records; free some first", MAX_RECORDS);
         return NONE;
     }
-    size_t segment = t->next_id >> t->shift;
-    while (segment >= t->segment_count) {
-        uint8_t *made = NULL;
-        if (reserve_pointer((void **)&t->segments, t->segment_count, &t->segment_room) == 0)
-            made = aligned_alloc(64, segment_size(t));
-        if (!made) {
+    while (t->next_id >> t->segments.shift >= t->segments.count) {
+        if (add_segment(&t->segments, segment_size(t)) < 0) {
             PyErr_NoMemory();
             return NONE;
         }
-        t->segments[t->segment_count++] = made;
-        memset(segment_states(t, t->segment_count - 1), EMPTY, segment_records(t) * t->shards);
+        memset(segment_states(t, t->segments.count - 1), EMPTY, segment_records(t) * t->shards);
     }
     return t->next_id++;
-}
-
-/* The hash table */
-
-static inline uint32_t *bucket_at(const table_t *t, uint64_t bucket)
-{
-    return &t->pieces[bucket >> BUCKET_SHIFT][bucket & ((1u << BUCKET_SHIFT) - 1)];
-}
-
-static inline uint32_t *bucket_of(const table_t *t, const uint8_t *key)
-{
-    uint64_t hash = mix(t, key), bucket = hash & (2 * t->low_mask + 1);
-    return bucket_at(t, bucket < t->buckets ? bucket : hash & t->low_mask);
-}
-
-static inline uint32_t find_from(const table_t *t, uint32_t id, const uint8_t *key)
-{
-    while (id != NONE) {
-        const record_t *r = at(t, id);
-        if (memcmp(r->key, key, KEY_BYTES) == 0)
-            break;
-        id = r->next;
-    }
-    return id;
-}
-
-static int add_piece(table_t *t)
-{
-    if (reserve_pointer((void **)&t->pieces, t->piece_count, &t->piece_room) < 0)
-        return -1;
-    uint32_t *piece = malloc(sizeof(uint32_t) << BUCKET_SHIFT);
-    if (!piece)
-        return -1;
-    memset(piece, 0xff, sizeof(uint32_t) << BUCKET_SHIFT);
-    t->pieces[t->piece_count++] = piece;
-    return 0;
-}
-
-/* Adds one bucket, which takes part of the chain of the bucket to split next. Without memory the chains only get longer. */
-static void split_bucket(table_t *t)
-{
-    uint64_t made = t->buckets;
-    if (made >> BUCKET_SHIFT == t->piece_count && add_piece(t) < 0)
-        return;
-    uint32_t *low = bucket_at(t, made & t->low_mask), *high = bucket_at(t, made), id = *low;
-    uint64_t bit = t->low_mask + 1;
-    t->buckets++;
-    if (t->buckets == 2 * bit)
-        t->low_mask = 2 * t->low_mask + 1;
-    *low = NONE;
-    while (id != NONE) {
-        record_t *r = at(t, id);
-        uint32_t *head = mix(t, r->key) & bit ? high : low, next = r->next;
-        r->next = *head;
-        *head = id;
-        id = next;
-    }
-}
-
-static void remove_from_bucket(table_t *t, uint32_t id)
-{
-    uint32_t *link = bucket_of(t, at(t, id)->key);
-    while (*link != id)
-        link = &at(t, *link)->next;
-    *link = at(t, id)->next;
 }
 
 /* Evictability */
@@ -160,229 +70,7 @@ static inline void unblock(table_t *t, uint32_t id)
         t->policy->unblocked(t, id);
 }
 
-/* LRU */
-
-static inline void unlink_age(table_t *t, record_t *r, uint32_t id)
-{
-    if (t->cursor == id)
-        t->cursor = r->newer;
-    if (r->older != NONE)
-        at(t, r->older)->newer = r->newer;
-    else
-        t->oldest = r->newer;
-    if (r->newer != NONE)
-        at(t, r->newer)->older = r->older;
-    else
-        t->newest = r->older;
-}
-
-static inline void append_age(table_t *t, record_t *r, uint32_t id)
-{
-    r->stamp = ++t->clock;
-    r->flags &= ~(uint64_t)(PASSED | QUEUED);
-    r->older = t->newest;
-    r->newer = NONE;
-    if (t->newest != NONE)
-        at(t, t->newest)->newer = id;
-    else
-        t->oldest = id;
-    t->newest = id;
-    if (t->cursor == NONE)
-        t->cursor = id;
-}
-
-static void lru_inserted(table_t *t, uint32_t id)
-{
-    append_age(t, at(t, id), id);
-}
-
-static inline void touch_one(table_t *t, uint32_t id)
-{
-    record_t *r = at(t, id);
-    unlink_age(t, r, id);
-    append_age(t, r, id);
-}
-
-static void lru_touched(table_t *t, const uint8_t *ids, size_t count)
-{
-    while (count-- > 0) {
-        if (count >= 8) { /* its neighbours in the list, which are about to be joined */
-            const record_t *ahead = at(t, read_u32(ids + 4 * (count - 8)));
-            if ((ahead->flags & ATTACHED) && ahead->older != NONE)
-                PREFETCH(at(t, ahead->older));
-            if ((ahead->flags & ATTACHED) && ahead->newer != NONE)
-                PREFETCH(at(t, ahead->newer));
-        }
-        uint32_t id = read_u32(ids + 4 * count);
-        if (at(t, id)->flags & ATTACHED)
-            touch_one(t, id);
-    }
-}
-
-static void lru_touched_path(table_t *t, uint32_t id)
-{
-    for (; id != NONE; id = at(t, id)->parent)
-        touch_one(t, id);
-}
-
-static void lru_removed(table_t *t, uint32_t id)
-{
-    unlink_age(t, at(t, id), id);
-}
-
-/* Restarts the walk of the cursor. Used if the heap cannot grow. */
-static void forget_passed(table_t *t)
-{
-    for (uint32_t id = t->oldest; id != t->cursor; id = at(t, id)->newer)
-        at(t, id)->flags &= ~(uint64_t)(PASSED | QUEUED);
-    t->cursor = t->oldest;
-    t->heap_count = 0;
-}
-
-/* Adds the record to the heap if the cursor has passed it. */
-static void lru_unblocked(table_t *t, uint32_t id)
-{
-    record_t *r = at(t, id);
-    if (!(r->flags & PASSED) || (r->flags & QUEUED))
-        return;
-    if (t->heap_count == t->heap_room) {
-        size_t room = t->heap_room ? 2 * t->heap_room : 64;
-        waiting_t *grown = realloc(t->heap, room * sizeof(waiting_t));
-        if (!grown) {
-            forget_passed(t);
-            return;
-        }
-        t->heap = grown;
-        t->heap_room = room;
-    }
-    r->flags |= QUEUED;
-    size_t place = t->heap_count++;
-    for (size_t above; place > 0 && t->heap[above = (place - 1) / 2].stamp > r->stamp; place = above)
-        t->heap[place] = t->heap[above];
-    t->heap[place].stamp = r->stamp;
-    t->heap[place].id = id;
-}
-
-static void pop_heap(table_t *t)
-{
-    waiting_t last = t->heap[--t->heap_count];
-    size_t place = 0, below;
-    while ((below = 2 * place + 1) < t->heap_count) {
-        if (below + 1 < t->heap_count && t->heap[below + 1].stamp < t->heap[below].stamp)
-            below++;
-        if (t->heap[below].stamp >= last.stamp)
-            break;
-        t->heap[place] = t->heap[below];
-        place = below;
-    }
-    t->heap[place] = last;
-}
-
-static int lru_victim(table_t *t, uint32_t *id)
-{
-    while (t->heap_count) {
-        *id = t->heap[0].id;
-        record_t *r = at(t, *id);
-        if (r->stamp == t->heap[0].stamp && (r->flags & QUEUED)) {
-            if (is_evictable(r))
-                return 0;
-            r->flags &= ~(uint64_t)QUEUED;
-        }
-        pop_heap(t);
-    }
-    while ((*id = t->cursor) != NONE) {
-        record_t *r = at(t, *id);
-        if (is_evictable(r))
-            break;
-        r->flags |= PASSED;
-        t->cursor = r->newer;
-    }
-    return 0;
-}
-
-static int lru_order(table_t *t, uint32_t *ids)
-{
-    for (uint32_t id = t->oldest; id != NONE; id = at(t, id)->newer)
-        *ids++ = id;
-    return 0;
-}
-
-static int lru_memory_bytes(table_t *t, size_t *size)
-{
-    *size = t->heap_room * sizeof(waiting_t);
-    return 0;
-}
-
-/* Does nothing with a prompt. What LRU goes by is touches. */
-static void lru_asked(table_t *t, double now, PyObject *hashes)
-{
-    (void)t, (void)now, (void)hashes;
-}
-
-static void lru_answered(table_t *t, double now, PyObject *hash, uint32_t tokens)
-{
-    (void)t, (void)now, (void)hash, (void)tokens;
-}
-
-static void lru_settled(table_t *t)
-{
-    (void)t;
-}
-
-static void lru_ended(table_t *t)
-{
-    free(t->heap);
-}
-
-static const policy_t lru = {
-    .inserted = lru_inserted,
-    .touched = lru_touched,
-    .touched_path = lru_touched_path,
-    .unblocked = lru_unblocked,
-    .removed = lru_removed,
-    .victim = lru_victim,
-    .order = lru_order,
-    .memory_bytes = lru_memory_bytes,
-    .asked = lru_asked,
-    .answered = lru_answered,
-    .settled = lru_settled,
-    .ended = lru_ended,
-};
-
-/* Parsing of arguments. Each function returns -1 with an error set if the argument is invalid. */
-
-static int to_number(PyObject *value, long long *number)
-{
-    int overflow;
-    *number = PyLong_AsLongLongAndOverflow(value, &overflow);
-    if (overflow) {
-        PyErr_SetString(PyExc_ValueError, "a number beyond 64 bits; ids, shards and sectors are small");
-        return -1;
-    }
-    return *number == -1 && PyErr_Occurred() ? -1 : 0;
-}
-
-static inline int is_used(const table_t *t, uint32_t id)
-{
-    return id - 1 < t->next_id - 1 && (at(t, id)->flags & USED); /* 0 is none */
-}
-
-static int no_record(long long id)
-{
-    PyErr_Format(PyExc_ValueError, "no record has the id %lld; it was freed or never made", id);
-    return -1;
-}
-
-static int to_id(const table_t *t, PyObject *value, uint32_t *id)
-{
-    long long number;
-    if (to_number(value, &number) < 0)
-        return -1;
-    if (number < 1 || number >= MAX_RECORDS || !is_used(t, (uint32_t)number))
-        return no_record(number);
-    *id = (uint32_t)number;
-    return 0;
-}
+/* Parsing of arguments, as in arguments.h */
 
 static int to_shard(const table_t *t, PyObject *value, uint32_t *shard)
 {
@@ -457,140 +145,6 @@ static PyObject *id_or_none(uint32_t id)
     return PyLong_FromLongLong(id == NONE ? -1 : (long long)id);
 }
 
-/* A policy in Python. An error in a notification is written to standard error, and the table stays consistent. */
-
-/* Ends a notification. */
-static void drop_answer(table_t *t, PyObject *answer)
-{
-    if (!answer)
-        PyErr_WriteUnraisable(t->plug);
-    Py_XDECREF(answer);
-}
-
-static void plugged_inserted(table_t *t, uint32_t id)
-{
-    const record_t *r = at(t, id);
-    uint32_t parent = r->parent == NONE ? 0 : r->parent;
-    drop_answer(t, PyObject_CallMethod(t->plug, "inserted", "Iy#I", id, r->key, (Py_ssize_t)KEY_BYTES, parent));
-}
-
-/* Appends a row to the list and returns the list, or NULL with an error set. */
-static PyObject *append_row(PyObject *rows, uint32_t id)
-{
-    PyObject *row = rows ? PyLong_FromUnsignedLong(id) : NULL;
-    if (rows && (!row || PyList_Append(rows, row) < 0))
-        Py_CLEAR(rows);
-    Py_XDECREF(row);
-    return rows;
-}
-
-static void notify_touched(table_t *t, PyObject *rows)
-{
-    drop_answer(t, rows ? PyObject_CallMethod(t->plug, "touched", "O", rows) : NULL);
-    Py_XDECREF(rows);
-}
-
-static void plugged_touched(table_t *t, const uint8_t *ids, size_t count)
-{
-    PyObject *rows = PyList_New(0);
-    while (count-- > 0) {
-        uint32_t id = read_u32(ids + 4 * count);
-        if (at(t, id)->flags & ATTACHED)
-            rows = append_row(rows, id);
-    }
-    notify_touched(t, rows);
-}
-
-static void plugged_touched_path(table_t *t, uint32_t id)
-{
-    PyObject *rows = PyList_New(0);
-    for (; id != NONE; id = at(t, id)->parent)
-        rows = append_row(rows, id);
-    notify_touched(t, rows);
-}
-
-static void plugged_unblocked(table_t *t, uint32_t id)
-{
-    drop_answer(t, PyObject_CallMethod(t->plug, "unblocked", "I", id));
-}
-
-static void plugged_removed(table_t *t, uint32_t id)
-{
-    drop_answer(t, PyObject_CallMethod(t->plug, "removed", "I", id));
-}
-
-static int plugged_victim(table_t *t, uint32_t *id)
-{
-    PyObject *evictable = PyObject_GetAttrString((PyObject *)t, "evictable");
-    PyObject *row = evictable ? PyObject_CallMethod(t->plug, "victim", "O", evictable) : NULL;
-    long long number;
-    int failed = !row || to_number(row, &number) < 0;
-    Py_XDECREF(evictable);
-    Py_XDECREF(row);
-    if (failed)
-        return -1;
-    *id = number ? (uint32_t)number : NONE;
-    if (number && (number < 0 || number >= MAX_RECORDS || !is_used(t, *id) || !is_evictable(at(t, *id)))) {
-        PyErr_Format(PyExc_ValueError, "the policy chose record %lld as victim, which is not evictable now", number);
-        return -1;
-    }
-    return 0;
-}
-
-static int plugged_order(table_t *t, uint32_t *ids)
-{
-    uint32_t room = t->attached, count = 0, id;
-    int right = 1; /* each record is attached, and was not named before */
-    PyObject *order = PyObject_GetIter(t->plug), *row;
-    while (order && right && (row = PyIter_Next(order))) {
-        right = to_id(t, row, &id) == 0 && (at(t, id)->flags & (ATTACHED | SEEN)) == ATTACHED && count < room;
-        if (right) {
-            at(t, id)->flags |= SEEN;
-            ids[count++] = id;
-        }
-        Py_DECREF(row);
-    }
-    Py_XDECREF(order);
-    for (uint32_t i = 0; i < count; i++)
-        at(t, ids[i])->flags &= ~(uint64_t)SEEN;
-    if (PyErr_Occurred())
-        return -1;
-    if (right && count == room)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "the policy does not order exactly the %u attached records", room);
-    return -1;
-}
-
-static int plugged_memory_bytes(table_t *t, size_t *size)
-{
-    long long number = 0;
-    PyObject *answer = PyObject_CallMethod(t->plug, "memory_bytes", NULL);
-    int failed = !answer || to_number(answer, &number) < 0;
-    Py_XDECREF(answer);
-    *size = (size_t)number;
-    return failed ? -1 : 0;
-}
-
-static void plugged_asked(table_t *t, double now, PyObject *hashes)
-{
-    drop_answer(t, PyObject_CallMethod(t->plug, "asked", "dO", now, hashes));
-}
-
-static const policy_t plugged = {
-    .inserted = plugged_inserted,
-    .touched = plugged_touched,
-    .touched_path = plugged_touched_path,
-    .unblocked = plugged_unblocked,
-    .removed = plugged_removed,
-    .victim = plugged_victim,
-    .order = plugged_order,
-    .memory_bytes = plugged_memory_bytes,
-    .asked = plugged_asked,
-    .answered = lru_answered,
-    .settled = lru_settled,
-    .ended = lru_ended,
-};
-
 /* Returns bytes with the first `count` of these ids. */
 static PyObject *shortened(PyObject *ids, size_t count)
 {
@@ -621,7 +175,7 @@ static PyObject *table_match(PyObject *self, PyObject *arg)
         size_t batch = count - first < BATCH ? count - first : BATCH;
         const uint8_t *batch_keys = keys + first * KEY_BYTES;
         for (size_t i = 0; i < batch; i++) {
-            buckets[i] = bucket_of(t, batch_keys + i * KEY_BYTES);
+            buckets[i] = bucket_of(&t->hashed, batch_keys + i * KEY_BYTES);
             PREFETCH(buckets[i]);
         }
         for (size_t i = 0; i < batch; i++) {
@@ -630,7 +184,7 @@ static PyObject *table_match(PyObject *self, PyObject *arg)
                 PREFETCH(at(t, heads[i]));
         }
         for (size_t i = 0; i < batch; i++) {
-            uint32_t id = find_from(t, heads[i], batch_keys + i * KEY_BYTES);
+            uint32_t id = find_from(&t->segments, sizeof(record_t), heads[i], batch_keys + i * KEY_BYTES);
             if (id == NONE || at(t, id)->done != t->shards)
                 break;
             write_u32(out + 4 * found++, id);
@@ -645,7 +199,7 @@ static PyObject *table_get(PyObject *self, PyObject *arg)
     const uint8_t *key;
     if (to_key(arg, &key) < 0)
         return NULL;
-    return id_or_none(find_from(t, *bucket_of(t, key), key));
+    return id_or_none(find(t, key));
 }
 
 static PyObject *table_insert(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
@@ -655,7 +209,7 @@ static PyObject *table_insert(PyObject *self, PyObject *const *args, Py_ssize_t 
     long long number;
     if (!has_arguments(nargs, 2) || to_key(args[0], &key) < 0 || to_number(args[1], &number) < 0)
         return NULL;
-    if (find_from(t, *bucket_of(t, key), key) != NONE) {
+    if (find(t, key) != NONE) {
         PyErr_SetString(PyExc_ValueError, "this hash is in the table already; get it instead");
         return NULL;
     }
@@ -673,16 +227,12 @@ static PyObject *table_insert(PyObject *self, PyObject *const *args, Py_ssize_t 
         return NULL;
     record_t *r = at(t, id);
     memset(r, 0, sizeof *r);
-    memcpy(r->key, key, KEY_BYTES);
+    memcpy(r->keyed.key, key, KEY_BYTES);
     r->flags = USED | ATTACHED;
     r->parent = parent;
     r->first_child = r->next_sibling = r->previous_sibling = NONE;
     t->attached++;
-    for (int i = 0; i < BUCKETS_A_RECORD && t->buckets < (uint64_t)BUCKETS_A_RECORD * t->attached; i++)
-        split_bucket(t);
-    uint32_t *bucket = bucket_of(t, key);
-    r->next = *bucket;
-    *bucket = id;
+    add_hashed(&t->hashed, &t->segments, sizeof(record_t), id, t->attached);
     if (parent != NONE) {
         record_t *above = at(t, parent);
         r->next_sibling = above->first_child;
@@ -766,7 +316,7 @@ static PyObject *table_detach(PyObject *self, PyObject *arg)
             uint32_t id = family.ids[i];
             record_t *r = at(t, id);
             write_u32(out, id);
-            remove_from_bucket(t, id);
+            remove_hashed(&t->hashed, &t->segments, sizeof(record_t), id);
             r->flags = USED;
             r->children = 0;
             r->parent = r->first_child = r->next_sibling = r->previous_sibling = NONE;
@@ -794,7 +344,7 @@ static PyObject *table_free(PyObject *self, PyObject *arg)
     memset(states_of(t, id), EMPTY, t->shards);
     r->flags = 0;
     r->stamp = 0;
-    r->next = t->free_head;
+    r->keyed.next = t->free_head;
     t->free_head = id;
     Py_RETURN_NONE;
 }
@@ -833,7 +383,8 @@ static PyObject *table_asked(PyObject *self, PyObject *const *args, Py_ssize_t n
     double now = PyFloat_AsDouble(args[0]);
     if ((now == -1.0 && PyErr_Occurred()) || to_items(args[1], KEY_BYTES, "hashes", &keys, &count) < 0)
         return NULL;
-    t->policy->asked(t, now, args[1]);
+    if (t->policy->asked)
+        t->policy->asked(t, now, args[1]);
     Py_RETURN_NONE;
 }
 
@@ -851,7 +402,8 @@ static PyObject *table_answered(PyObject *self, PyObject *const *args, Py_ssize_
         PyErr_Format(PyExc_ValueError, "an answer of %lld tokens; give 0 to %u", tokens, UINT32_MAX);
         return NULL;
     }
-    t->policy->answered(t, now, args[1], (uint32_t)tokens);
+    if (t->policy->answered)
+        t->policy->answered(t, now, args[1], (uint32_t)tokens);
     Py_RETURN_NONE;
 }
 
@@ -859,8 +411,16 @@ static PyObject *table_settle(PyObject *self, PyObject *unused)
 {
     table_t *t = (table_t *)self;
     (void)unused;
-    t->policy->settled(t);
+    if (t->policy->settled)
+        t->policy->settled(t);
     Py_RETURN_NONE;
+}
+
+static PyObject *table_follows_lru(PyObject *self, PyObject *unused)
+{
+    const table_t *t = (const table_t *)self;
+    (void)unused;
+    return PyBool_FromLong(t->policy == &lmcache_lru || (t->learned && lmcache_learned_leaves_it_to_lru(t->learned)));
 }
 
 static PyObject *table_victim(PyObject *self, PyObject *unused)
@@ -1169,7 +729,7 @@ static PyObject *table_key(PyObject *self, PyObject *arg)
     uint32_t id;
     if (to_id(t, arg, &id) < 0)
         return NULL;
-    return PyBytes_FromStringAndSize((const char *)at(t, id)->key, KEY_BYTES);
+    return PyBytes_FromStringAndSize((const char *)at(t, id)->keyed.key, KEY_BYTES);
 }
 
 static PyObject *table_parent(PyObject *self, PyObject *arg)
@@ -1236,8 +796,8 @@ static PyObject *table_memory_bytes(PyObject *self, PyObject *unused)
     (void)unused;
     if (t->policy->memory_bytes(t, &order) < 0)
         return NULL;
-    return PyLong_FromSize_t(sizeof *t + t->segment_count * segment_size(t) + t->segment_room * sizeof(void *) +
-                             t->piece_count * (sizeof(uint32_t) << BUCKET_SHIFT) + t->piece_room * sizeof(void *) + order);
+    return PyLong_FromSize_t(sizeof *t + t->segments.count * segment_size(t) + t->segments.room * sizeof(void *) +
+                             hashed_memory(&t->hashed) + order);
 }
 
 /* Construction and destruction */
@@ -1245,12 +805,12 @@ static PyObject *table_memory_bytes(PyObject *self, PyObject *unused)
 static int draw_seed(table_t *t)
 {
     PyObject *os = PyImport_ImportModule("os");
-    PyObject *random = os ? PyObject_CallMethod(os, "urandom", "i", (int)sizeof t->seed) : NULL;
+    PyObject *random = os ? PyObject_CallMethod(os, "urandom", "i", (int)sizeof t->hashed.seed) : NULL;
     char *bytes;
     Py_ssize_t size;
     int failed = !random || PyBytes_AsStringAndSize(random, &bytes, &size) < 0;
     if (!failed)
-        memcpy(t->seed, bytes, sizeof t->seed);
+        memcpy(t->hashed.seed, bytes, sizeof t->hashed.seed);
     Py_XDECREF(random);
     Py_XDECREF(os);
     return failed ? -1 : 0;
@@ -1274,9 +834,13 @@ static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *named)
     table_t *t = (table_t *)allocate(type, 0); /* zeroed */
     if (!t)
         return NULL;
-    t->policy = plug == Py_None ? &lru : &plugged;
+    if (draw_seed(t) < 0) {
+        Py_DECREF(t);
+        return NULL;
+    }
+    t->policy = plug == Py_None ? &lmcache_lru : &lmcache_plugged;
     if (lmcache_is_habits(plug)) {
-        t->learned = lmcache_new_learned(plug);
+        t->learned = lmcache_new_learned(plug, t->hashed.seed);
         if (!t->learned) {
             Py_DECREF(t);
             return NULL;
@@ -1287,15 +851,13 @@ static PyObject *table_new(PyTypeObject *type, PyObject *args, PyObject *named)
     t->plug = plug;
     t->next_id = 1;
     t->shards = (uint32_t)shards;
-    t->shift = SEGMENT_SHIFT;
-    while (t->shift > 0 && segment_size(t) > SEGMENT_BYTES)
-        t->shift--;
+    t->segments.shift = SEGMENT_SHIFT;
+    while (t->segments.shift > 0 && segment_size(t) > SEGMENT_BYTES)
+        t->segments.shift--;
     t->free_head = t->oldest = t->newest = t->cursor = NONE;
-    t->buckets = 1u << BUCKET_SHIFT;
-    t->low_mask = t->buckets - 1;
-    if (draw_seed(t) < 0 || (add_piece(t) < 0 && PyErr_NoMemory() == NULL)) {
+    if (begin_hashed(&t->hashed) < 0) {
         Py_DECREF(t);
-        return NULL;
+        return PyErr_NoMemory();
     }
     return (PyObject *)t;
 }
@@ -1304,14 +866,11 @@ static void table_dealloc(PyObject *self)
 {
     table_t *t = (table_t *)self;
     PyTypeObject *type = Py_TYPE(self);
-    for (size_t i = 0; i < t->segment_count; i++)
-        free(t->segments[i]);
-    for (size_t i = 0; i < t->piece_count; i++)
-        free(t->pieces[i]);
-    free(t->segments);
-    free(t->pieces);
-    if (t->policy)
+    free_segments(&t->segments);
+    free_hashed(&t->hashed);
+    if (t->policy && t->policy->ended)
         t->policy->ended(t);
+    free(t->heap);
     Py_XDECREF(t->plug);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
@@ -1323,7 +882,7 @@ static void table_dealloc(PyObject *self)
 
 static PyMethodDef methods[] = {
     ONE(match),         ONE(get),           SEVERAL(insert),    ONE(detach),    ONE(free),       ONE(touch),
-    SEVERAL(asked),     NOTHING(settle),    SEVERAL(answered),  ONE(touch_path), NOTHING(victim), ONE(evictable),
+    SEVERAL(asked),     NOTHING(settle),    SEVERAL(answered),  ONE(touch_path), NOTHING(victim), NOTHING(follows_lru), ONE(evictable),
     ONE(pin),           ONE(unpin),         SEVERAL(begin_fill), SEVERAL(end_fill), SEVERAL(state), SEVERAL(extent),
     ONE(extents),       ONE(key),           SEVERAL(in_sectors), SEVERAL(numbered),
     ONE(parent),        ONE(children),      ONE(only_child),    ONE(pins),          ONE(filling),   ONE(complete),
@@ -1348,10 +907,5 @@ static PyType_Spec type_spec = {
 
 int lmcache_add_table(PyObject *module)
 {
-    PyObject *type = PyType_FromSpec(&type_spec);
-    if (!type)
-        return -1;
-    int added = PyModule_AddType(module, (PyTypeObject *)type);
-    Py_DECREF(type);
-    return added;
+    return lmcache_add_type(module, &type_spec, NULL);
 }

@@ -4,18 +4,12 @@
 
 #include "native.h"
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "hashed.h"
 
-#define NONE UINT32_MAX /* no record; as a sector: no extent */
-#define KEY_BYTES 16
 #define MAX_SHARDS 65535
 #define MAX_RECORDS UINT32_MAX
 #define SEGMENT_BYTES (1u << 20) /* the most bytes of a segment, approximately */
 #define SEGMENT_SHIFT 12         /* the most records in a segment, as a power of two */
-#define BUCKET_SHIFT 12          /* the buckets in one piece of their array, likewise */
-#define BUCKETS_A_RECORD 2
 #define BATCH 64
 
 enum { EMPTY, FILLING, DONE };
@@ -30,11 +24,11 @@ enum {
 };
 
 typedef struct {
-    uint8_t key[KEY_BYTES];
+    keyed_t keyed;
+    uint32_t parent;
     uint64_t stamp : 56; /* LRU: of the last touch; no two are equal */
     uint64_t flags : 8;
-    uint32_t next; /* in the bucket's chain, or on the free list */
-    uint32_t parent, first_child, next_sibling, previous_sibling;
+    uint32_t first_child, next_sibling, previous_sibling;
     uint32_t older, newer; /* LRU */
     uint32_t pins;
     uint32_t children;
@@ -60,37 +54,31 @@ typedef struct {
     int (*victim)(table_t *t, uint32_t *id);      /* NONE when there is none; -1 with an error set */
     int (*order)(table_t *t, uint32_t *ids);      /* those of all attached records; -1 with an error set */
     int (*memory_bytes)(table_t *t, size_t *size); /* beside the records; -1 with an error set */
+    /* These are NULL where there is nothing to do. */
     void (*asked)(table_t *t, double now, PyObject *hashes); /* bytes, KEY_BYTES for each chunk of a prompt */
     void (*answered)(table_t *t, double now, PyObject *hash, uint32_t tokens); /* the last chunk of a prompt */
-    void (*settled)(table_t *t);                             /* nobody waits: do now what was put off */
-    void (*ended)(table_t *t);                               /* frees what the policy has allocated */
+    void (*settled)(table_t *t); /* nobody waits: do now what was put off */
+    void (*ended)(table_t *t); /* frees what the policy has allocated */
 } policy_t;
 
 struct table {
     PyObject_HEAD
-    uint64_t seed[2];
     const policy_t *policy;
     struct learned *learned; /* of the learned policy */
     PyObject *plug; /* the object that `plugged` calls; it must not refer to the table */
-    uint32_t shards, shift;
-    uint8_t **segments;
-    size_t segment_count, segment_room;
+    uint32_t shards;
+    segments_t segments;
+    hashed_t hashed;
     uint32_t next_id, free_head;
     uint32_t attached;
-    uint32_t **pieces; /* pieces of the array of buckets */
-    size_t piece_count, piece_room;
-    uint64_t buckets, low_mask; /* low_mask + 1 <= buckets < 2 * (low_mask + 1) */
-    uint64_t clock;             /* LRU: the last stamp given */
+    uint64_t clock; /* LRU: the last stamp given */
     uint32_t oldest, newest, cursor;
     waiting_t *heap;
     size_t heap_count, heap_room;
 };
 
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address) ((void)(address))
-#endif
+/* lru.c and plugged.c. Those of learned.c are in learned.h. */
+extern const policy_t lmcache_lru, lmcache_plugged;
 
 /* Access to little-endian u32 in Python bytes objects. */
 
@@ -111,30 +99,18 @@ static inline void write_u32(uint8_t *to, uint32_t value)
 
 static inline size_t segment_records(const table_t *t)
 {
-    return (size_t)1 << t->shift;
+    return (size_t)1 << t->segments.shift;
 }
 
 static inline record_t *at(const table_t *t, uint32_t id)
 {
-    return (record_t *)t->segments[id >> t->shift] + (id & (segment_records(t) - 1));
+    return (record_t *)t->segments.all[id >> t->segments.shift] + (id & (segment_records(t) - 1));
 }
 
-static inline uint64_t mix(const table_t *t, const uint8_t *key)
+/* Returns the attached record with this key, or NONE. */
+static inline uint32_t find(const table_t *t, const uint8_t *key)
 {
-    uint64_t a, b;
-    memcpy(&a, key, 8);
-    memcpy(&b, key + 8, 8);
-    a ^= t->seed[0];
-    b ^= t->seed[1];
-#if defined(__SIZEOF_INT128__)
-    unsigned __int128 product = (unsigned __int128)a * b;
-    return (uint64_t)product ^ (uint64_t)(product >> 64);
-#else
-    a *= 0x9e3779b97f4a7c15u;
-    a ^= a >> 32;
-    a = (a + b) * 0xd6e8feb86659fd93u;
-    return a ^ a >> 32;
-#endif
+    return find_from(&t->segments, sizeof(record_t), *bucket_of(&t->hashed, key), key);
 }
 
 /* Evictability */

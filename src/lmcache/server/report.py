@@ -251,6 +251,7 @@ class Report:
                         "chunks": len(space.table),
                         "shard_bytes": space.shard_bytes,
                         "sisters": [one.number for one in space.sisters],
+                        "evicts_as_lru": space.table.follows_lru(),
                     }
                     for space in l1.spaces
                 ],
