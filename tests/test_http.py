@@ -20,9 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from lmcache import __version__
 from lmcache.config import ServerConfig
 from lmcache.errors import ConfigError
-from lmcache.server import http, http_sockets
+from lmcache.server import http, http_answers, http_routes, http_sockets
 from lmcache.server.history import COLUMNS, INTERVAL_SECONDS, SAMPLES, History
-from lmcache.server.http import HttpEndpoint, why_refused
+from lmcache.server.http import HttpEndpoint
+from lmcache.server.http_guards import why_refused
 from lmcache.server.metrics import families
 from servers import PATIENCE, eventually
 
@@ -33,7 +34,7 @@ get, post = partial(httpx.get, timeout=PATIENCE), partial(httpx.post, timeout=PA
 @pytest.fixture(autouse=True)
 def patient_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine makes no server unhealthy: tests of these bounds set their own."""
-    monkeypatch.setattr(http, "_CONTROL_SECONDS", PATIENCE)
+    monkeypatch.setattr(http_routes, "_CONTROL_SECONDS", PATIENCE)
     monkeypatch.setattr(http_sockets, "_REQUEST_SECONDS", PATIENCE)
     monkeypatch.setattr(http, "_START_SECONDS", PATIENCE)
 
@@ -144,7 +145,7 @@ def test_a_heart_that_hangs_is_unhealthy_and_stops_nothing(served: Served, monke
     served.server.healthy = lambda: (freed.wait(PATIENCE), "it has waited for the end of the test")
     try:
         with monkeypatch.context() as hasty:
-            hasty.setattr(http, "_CONTROL_SECONDS", 0.2)
+            hasty.setattr(http_routes, "_CONTROL_SECONDS", 0.2)
             answer = get(served.url + "/healthcheck")
         assert answer.status_code == 503 and "does not answer" in answer.json()["reason"]
         assert get(served.url + "/status").status_code == 200
@@ -487,6 +488,6 @@ def test_an_hour_of_samples_is_kept() -> None:
 
 def test_answers_are_json_even_if_a_counter_is_no_number() -> None:
     assert (
-        http._json({"a": [float("inf"), 1.5], "b": {"c": float("nan")}}).body
+        http_answers.answer({"a": [float("inf"), 1.5], "b": {"c": float("nan")}}).body
         == b'{"a": [null, 1.5], "b": {"c": null}}\n'
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import anyio
@@ -15,11 +14,12 @@ from starlette.routing import Route
 
 from lmcache.cache import Refusal
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
+from lmcache.server.http_answers import answer
+from lmcache.server.http_guards import Endpoint
 from lmcache.server.named import MOST_BODY_BYTES, Prompt, Unknown
 from lmcache.server.operating import LISTED, Looked, Operating, ToDelete, ToPin, ToPrefetch
 
 T = TypeVar("T", bound=msgspec.Struct)
-Endpoint = Callable[[Request], Awaitable[Response]]
 SECONDS = 15.0
 """Timeout of these routes, which covers the answers of a tokenizer and of tiers."""
 _MOST_AT_ONCE = 4
@@ -170,11 +170,6 @@ async def body_of(request: Request) -> bytes | None:
             return None
         parts.append(part)
     return b"".join(parts)
-
-
-def answer(content: Mapping[str, Any], status: int) -> Response:
-    body = json.dumps(content, ensure_ascii=False, separators=(", ", ": "))
-    return Response(body + "\n", status, media_type="application/json")
 
 
 def _page_asked(given: Mapping[str, str]) -> dict[str, Any]:
