@@ -139,10 +139,7 @@ def _lookup(arguments: argparse.Namespace) -> int:
 
 
 def _pin(arguments: argparse.Namespace) -> int:
-    content = _prompt(arguments) | {"note": arguments.note}
-    if arguments.seconds:
-        content["seconds"] = _number("--seconds", arguments.seconds)
-    answer = _ask(arguments, "POST", "/cache/pins", content)
+    answer = _ask(arguments, "POST", "/cache/pins", _pinned(arguments, "seconds"))
     return _show(arguments, answer, lambda told: iter([f"pin {told.text('id')}: {_of_pin(told)}"]))
 
 
@@ -172,10 +169,7 @@ def _pins(arguments: argparse.Namespace) -> int:
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
-    content = _prompt(arguments) | {"note": arguments.note}
-    if arguments.seconds:
-        content["pin_seconds"] = _number("--seconds", arguments.seconds)
-    answer = _ask(arguments, "POST", "/cache/prefetches", content)
+    answer = _ask(arguments, "POST", "/cache/prefetches", _pinned(arguments, "pin_seconds"))
     end = RUNTIME.now() + (_number("--wait", arguments.wait) if arguments.wait else 0.0)
     while arguments.wait and answer.get("state") == "loading" and RUNTIME.now() < end:
         RUNTIME.sleep(_POLL_SECONDS)
@@ -256,6 +250,12 @@ def _prompt(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"--tokens {given[name][:80]}: must be numbers with commas, or @FILE with them") from None
     also = {"model": arguments.model, "cache_salt": arguments.cache_salt}
     return content | {name: value for name, value in also.items() if value}
+
+
+def _pinned(arguments: argparse.Namespace, seconds: str) -> dict[str, Any]:
+    """Return the JSON that names the prompt, with a note and for how long it is pinned. seconds: the name of that."""
+    time = {seconds: _number("--seconds", arguments.seconds)} if arguments.seconds else {}
+    return _prompt(arguments) | {"note": arguments.note} | time
 
 
 def _text_of(name: str, value: str) -> str:
