@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine_process import PATIENCE, Engine, pause_once
-from lmcache.chunks import HASH_BYTES, Group
+from lmcache.chunks import HASH_BYTES, Group, tenant_of
 from lmcache.engine import Copies, Copy, Hit, Loading, Request, Requests
 from lmcache.engine.embedded import wait_connected
 from lmcache.engine.endpoint import Endpoint
@@ -282,6 +282,15 @@ def test_a_tier_that_loads_is_asked_about_at_every_step(bed: Bed, monkeypatch: p
         tier.setattr(bed.session, "poll", lambda *_, **__: Loading(0, 4))
         assert [isinstance(bed.requests.find(waits, ids), Loading) for _ in range(2)] == [True, True]
     assert bed.requests.find(waits, ids) is None and bed.asked == 1
+
+
+def test_a_request_tells_its_tenant_whatever_else_its_salt_depends_on(bed: Bed) -> None:
+    for generation in (0, 1):
+        bed.requests._generation = generation
+        chain = bed.requests.chain(bed.open(f"r{generation}", salt="tenant"))
+        assert chain is not None and chain.tenant == tenant_of("tenant") != b""
+    chain = bed.requests.chain(bed.open("without"))
+    assert chain is not None and chain.tenant == b""
 
 
 @pytest.mark.parametrize("change", [{"salt": "s"}, {"adapter": ("x", "1")}, {"extras": lambda *_: b"image"}])

@@ -75,6 +75,8 @@ class Event(NamedTuple):
     """For answered: names the first chunk's tokens, whatever the model; b"" if the engine did not say."""
     fetch: FetchRecord | None = None
     """For fetched."""
+    tenant: bytes = b""
+    """For answered: whose prompt it is; b"" if the engine did not say."""
 
 
 Listener = Callable[[Event], None]

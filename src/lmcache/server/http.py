@@ -34,7 +34,7 @@ _OF_CONTROLLER = (
 _ROUTES = (
     "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /requests, /history; "
     "POST /cache/clear, /cache/lookup, /cache/delete; GET, POST and DELETE /cache/pins and /cache/prefetches; "
-    f"GET /cache/objects, /cache/models; {_OF_CONTROLLER}; "
+    f"GET /cache/objects, /cache/models, /cache/usage; {_OF_CONTROLLER}; "
     "GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"
 )
 """The answer to a request for an unknown path: it names the paths that exist."""

@@ -18,6 +18,7 @@ from lmcache.cache.accounts import MOST_TOKENS, Accounts
 from lmcache.cache.heart import MAX_SHARDS
 from lmcache.cache.lifetimes import Lifetimes
 from lmcache.cache.promises import Asker
+from lmcache.cache.tenants import Tenants
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
@@ -75,6 +76,8 @@ class Service:
             *(l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers),
             *(self.sessions.describe, l1.indexed),
         )
+        self.tenants = Tenants()
+        self.accounts.on_account.append(self.tenants.accounted)
         self.lifetimes = Lifetimes(l1.events, loop.now) if records_bytes else None
         self.sessions.on_gone.append(self.accounts.forget)
         self._untold: tuple[Peer, m.Lookup, str, bytes, int] | None = None
@@ -291,7 +294,7 @@ class Service:
             -1,
             (),
         )
-        told = *which, chunks, max(0, request.first_wanted), request.tokens, request.text, None
+        told = *which, chunks, max(0, request.first_wanted), request.tokens, request.text, None, request.tenant
         self.l1.events.tell(Event._make(told))  # faster than a call of the class
 
     def _answerable(self, peer: Peer, request: m.Lookup, spaces: list[int], first: int) -> bytes:
