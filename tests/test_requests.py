@@ -21,6 +21,9 @@ from lmcache.engine.local import LocalRank
 from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS, WAIT_SHARE, GroupTable
 from lmcache.errors import LayoutError
 from lmcache.runtime import RUNTIME, Runtime
+from lmcache.sizing.readers import Trace
+from lmcache.sizing.replay import Capacity, Simulation, replay
+from lmcache.sizing.trace import Lookup, Replied
 from proxy import Proxy
 from servers import Server, eventually
 from stores import RedisServer, binary_of
@@ -239,6 +242,24 @@ def test_a_server_that_learns_is_told_how_long_answers_are(server: Servers, engi
     eventually(lambda: one.status()["eviction"]["answers_learned_from"] == 1)
     eventually(lambda: one.status()["eviction"]["prompts_learned_from"] >= 1)
     assert not one.counters()["refused_requests_total"]
+
+
+def test_a_trace_tells_how_long_answers_were(server: Servers, engine: Engines, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    one = server(flags=("--record-trace", str(path)))
+    bed, ids = Bed(engine(one)), list(range(200))
+    for name, answer in (("a", 70), ("b", 0), ("c", 3)):
+        bed.requests.find(bed.open(name), ids)
+        bed.requests.finish(name, len(ids) + answer)
+    eventually(lambda: path.read_text().count('"replied"') == 2)
+    lookups = [one for one in Trace([path]) if isinstance(one, Lookup)]
+    replied = [one for one in Trace([path]) if isinstance(one, Replied)]
+    assert [one.tokens for one in replied] == [70, 3] and replied[0].time >= lookups[0].time
+    assert {one.last for one in replied} == {one.hashes[-16:] for one in lookups}
+    assert one.status()["eviction"]["answers_learned_from"] == 0, "LRU learns nothing"
+    simulation = Simulation("learned", Capacity(blocks=100))
+    told = replay(Trace([path]), [simulation], lambda requests: None).as_json()
+    assert (told["requests"], told["answers"]) == (3, 2)
 
 
 def test_a_request_counts_once_however_long_it_waits(server: Servers, engine: Engines) -> None:

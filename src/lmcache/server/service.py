@@ -224,7 +224,7 @@ class Service:
             logger.info("Registered KV cache for GPU ID %d with %d layers (%s)", peer.pid, layout.num_layers, peer.who)
         if request.follows:
             self.followers.follow(peer.process, space)
-        return m.Registered(space, request.follows, True, self.eviction.learns)
+        return m.Registered(space, request.follows, True, self.eviction.learns or self.recording is not None)
 
     def _lookup(self, peer: Peer, request: m.Lookup) -> m.Message:
         hashes = request.hashes
@@ -330,7 +330,9 @@ class Service:
         if request.answered is not None:
             space, last, tokens = request.answered
             self.l1.answered(self._now(), peer.process, space, last, tokens)
-            self.eviction.answers += 1
+            self.eviction.answers += self.eviction.learns
+            if self.recording is not None:
+                self.l1.events.tell(Event("replied", space, 0, process=peer.process, hashes=last, tokens=tokens))
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
             self.accounts.forget(peer.process, name)

@@ -336,7 +336,8 @@ class Registered(Message, frozen=True, tag=67):
     positions: bool = False
     """Whether the server takes `Differs`."""
     answers: bool = False
-    """Whether the server wants to know how long answers are (`Release.answered`), since its eviction learns from that."""
+    """Whether the server wants to know how long answers are (`Release.answered`): its eviction learns from that, or it records
+    a trace."""
 
 
 class Foreign(msgspec.Struct, frozen=True, array_like=True):
