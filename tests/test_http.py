@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -53,6 +54,9 @@ class Server:
     def status(self) -> dict[str, object]:
         config = ServerConfig(api_token=TOKEN).redacted()
         return {"version": "1", "config": config, "engines": [{"instance": "<b>engine</b>", "layout": "x"}]}
+
+    def requests(self, limit: int) -> dict[str, object]:
+        return {"requests": [{"request": "r1"}], "limit": limit}
 
     def fetches(self) -> list[dict[str, object]]:
         return [{"request": "r1", "outcome": "late"}]
@@ -459,6 +463,51 @@ def test_the_page_is_the_same_for_everybody_and_runs_no_other_script(served: Ser
         assert f"{element}-src 'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'" in policy
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert "innerHTML" not in page.text and not re.search(r"(src|href)=.?(https?:)?//", page.text)
+
+
+def test_all_who_look_at_the_page_within_a_second_get_one_answer(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_routes, "_SHARED_SECONDS", 3600.0)
+    made, status = list[float](), served.server.status
+    served.server.status = lambda: made.append(1) or status()  # type: ignore[method-assign, func-returns-value]
+    served.server.troubles = ["disk: no room"]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(get, [f"{served.url}/overview"] * 8))
+    told = answers[0].json()
+    assert {one.text for one in answers} == {answers[0].text} and len(made) == 1
+    assert told["health"] == {"status": "healthy", "reason": "", "degraded": ["disk: no room"], "refused_engines": []}
+    assert told["status"] == get(served.url + "/status").json() and told["requests"]["limit"] == 20
+    assert "history" not in told
+    assert get(served.url + "/overview?history=1").json()["history"] == get(served.url + "/history").json()
+    made.clear()
+    monkeypatch.setattr(http_routes, "_SHARED_SECONDS", 0.0)
+    for _ in range(3):
+        get(served.url + "/overview")
+    assert len(made) == 3, "and later it is a new one"
+
+
+def test_the_page_says_why_there_are_no_records(served: Served) -> None:
+    def none(limit: int) -> dict[str, object]:
+        raise ConfigError("no records are kept: --records-mb is 0")
+
+    served.server.requests = none  # type: ignore[method-assign]
+    assert get(served.url + "/overview").json()["requests"] == {"reason": "no records are kept: --records-mb is 0"}
+
+
+def test_a_server_that_hangs_keeps_nobody_waiting_for_who_waits(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed = threading.Event()
+    served.server.healthy = lambda: (freed.wait(PATIENCE), "")
+    try:
+        with monkeypatch.context() as hasty:
+            hasty.setattr(http_routes, "_CONTROL_SECONDS", 0.2)
+            with ThreadPoolExecutor(4) as threads:
+                answers = list(threads.map(get, [f"{served.url}/overview"] * 4))
+        assert {one.status_code for one in answers} == {503}
+    finally:
+        freed.set()
 
 
 def test_the_last_hour(served: Served) -> None:

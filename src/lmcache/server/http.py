@@ -32,7 +32,7 @@ _OF_CONTROLLER = (
     "the controller's GET /instances and POST /lookup, /pin, /clear, /move, /health, /query_instance, /check_finish"
 )
 _ROUTES = (
-    "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /config, /fetches, /requests, /history; "
+    "GET /healthcheck, /livez, /readyz, /version, /metrics, /status, /overview, /config, /fetches, /requests, /history; "
     "POST /cache/clear, /cache/lookup, /cache/delete; GET, POST and DELETE /cache/pins and /cache/prefetches; "
     f"GET /cache/objects, /cache/models, /cache/usage; {_OF_CONTROLLER}; "
     "GET and POST /tiers, DELETE /tiers/NAME, POST /tiers/NAME/pause and /resume"

@@ -32,6 +32,9 @@ _LONGEST_DRAIN_SECONDS = 3600.0
 _CLEAR_SECONDS = 30.0
 """Timeout of clearing L1, which visits every chunk."""
 _MOST_BODY_BYTES = 64 << 10
+_SHARED_SECONDS = 1.0
+"""Everybody who looks at the page within this time gets the same answer, which is made once."""
+_SHOWN_REQUESTS = 20
 
 
 class ServerRoutes:
@@ -39,6 +42,9 @@ class ServerRoutes:
 
     def __init__(self, config: Callable[[], ServerConfig], control: Control, guards: Guards) -> None:
         self._config, self._control, self._guards = config, control, guards
+        self._making: anyio.Lock | None = None
+        self._overviews: dict[bool, tuple[float, Response]] = {}
+        """With the last hour, or without -> when the answer was made, and the answer."""
 
     def routes(self) -> list[Route]:
         edge, guarded = self._guards.edge, self._guards.guarded
@@ -57,6 +63,7 @@ class ServerRoutes:
             *(
                 Route(path, edge(guarded(route)))
                 for path, route in (
+                    ("/overview", self.overview),
                     ("/status", self.status),
                     ("/fetches", self.fetches),
                     ("/history", self.history),
@@ -84,6 +91,33 @@ class ServerRoutes:
         return [Route(path, self._guards.edge(self.livez)) for path in ("/healthcheck", "/healthz", "/livez")]
 
     # The docstrings of routes are their documentation
+
+    async def overview(self, request: Request) -> Response:
+        """Answer what the page shows: `health`, `status`, `requests` and, with `?history=1`, `history`. The answer is made once a
+        second at most, however many ask."""
+        whole = request.query_params.get("history") == "1"
+        self._making = self._making or anyio.Lock()
+        with anyio.fail_after(2 * _CONTROL_SECONDS):  # with the wait for who makes it
+            async with self._making:
+                made, response = self._overviews.get(whole, (0.0, None))
+                if response is None or anyio.current_time() - made >= _SHARED_SECONDS:
+                    response = answer(await _ask(lambda: self._overview(whole), 2 * _CONTROL_SECONDS))
+                    self._overviews[whole] = anyio.current_time(), response
+        return response
+
+    def _overview(self, whole: bool) -> dict[str, Any]:
+        control = self._control
+        serving, reason = control.health()
+        health: dict[str, Any] = {"status": "healthy" if serving else "unhealthy", "reason": reason}
+        health |= {"degraded": control.degraded(), "refused_engines": control.refused()}
+        try:
+            requests = control.requests(limit=_SHOWN_REQUESTS)
+        except ConfigError as error:
+            requests = {"reason": str(error)}
+        told = {"health": health, "status": control.status(), "requests": requests}
+        if whole:
+            told["history"] = dict(zip(("columns", "samples"), control.history(), strict=True))
+        return told
 
     async def healthcheck(self, request: Request) -> Response:
         """Answer whether the server is healthy. Reasons contain paths and addresses, so only callers allowed to read the status
