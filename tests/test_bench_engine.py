@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +15,16 @@ import pytest
 from lmcache.bench.workloads import WORKLOADS, Shape
 from lmcache.cli.main import main
 from ports import free_port
+from servers import signed_by_itself
 
 
 class StandIn:
     """Answers completions with tokens of its own, and keeps what it was asked. trouble: the request with this number fails."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.key = ""
+        """What it wants as an API key; "": nothing."""
+        self.keys = set[str | None]()
         self.prompts: list[list[int]] = []
         self.running = self.most_running = 0
         self.trouble = -1
@@ -34,10 +40,21 @@ class StandIn:
                 """Nothing."""
 
             def do_GET(self) -> None:
-                self._send(200, {"data": [{"id": "m"}]})
+                if self.path != "/metrics" and not self._refused():
+                    self._send(200, {"data": [{"id": "m"}]})
+
+            def _refused(self) -> bool:
+                sent = self.headers["Authorization"]
+                stand_in.keys.add(sent)
+                wrong = bool(stand_in.key) and sent != f"Bearer {stand_in.key}"
+                if wrong:
+                    self._send(401, {"error": f"Incorrect API key provided: {sent}"})
+                return wrong
 
             def do_POST(self) -> None:
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self._refused():
+                    return
                 with stand_in.lock:
                     stand_in.prompts.append(asked["prompt"])
                     stand_in.running += 1
@@ -77,8 +94,10 @@ class StandIn:
                     self.wfile.write(f"data: {json.dumps(event)}\r\n\r\n".encode())
                 self.wfile.write(b"data: [DONE]\n\n")
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.server = ThreadingHTTPServer(("0.0.0.0" if tls else "127.0.0.1", 0), Handler)
+        if tls is not None:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 
@@ -190,3 +209,93 @@ def test_conversations_are_made_as_they_are_asked_for() -> None:
         while conversation([1, 2]) is not None:
             prompts += 1
         assert prompts == workload.prompts
+
+
+# --- over TLS, and with a key ------------------------------------------------------------------------------------------
+
+KEY = "sk-a-key-that-nobody-may-see"
+
+
+@pytest.fixture
+def safe(tmp_path: Path) -> Iterator[tuple[StandIn, str]]:
+    """An engine behind TLS that wants a key, and the file of its certificate."""
+    context, certificate = signed_by_itself(tmp_path)
+    one = StandIn(context)
+    one.key = KEY
+    yield one, str(certificate)
+    one.close()
+
+
+def key_file(folder: Path, text: str, mode: int = 0o600) -> str:
+    path = folder / "api-key"
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+QUICK = "--workloads", "unique", "--requests", "2", "--tokens", "64", "--json"
+
+
+def test_an_engine_behind_tls_is_measured(
+    safe: tuple[StandIn, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ca = safe
+    words = "bench", "engine", "--url", engine.url, "--ca-file", ca, *QUICK
+    assert main([*words, "--engine-key-file", key_file(tmp_path, KEY + "\n")]) == 0
+    said = capsys.readouterr()
+    assert KEY not in said.out + said.err and json.loads(said.out)["engine"] == engine.url
+    assert engine.keys == {f"Bearer {KEY}"} and len(engine.prompts) == 3
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert main([*words]) == 0 and len(engine.prompts) == 6
+
+
+@pytest.mark.parametrize(("host", "why"), [("127.0.0.1", "self-signed"), ("127.0.0.2", "mismatch")])
+def test_a_certificate_that_is_not_trusted_is_refused(
+    host: str, why: str, safe: tuple[StandIn, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, ca = safe
+    url = engine.url.replace("127.0.0.1", host)
+    for model in ((), ("--model", "m")):  # the first call, and completions
+        trusted = ("--ca-file", ca) if why == "mismatch" else ()
+        assert main(["bench", "engine", "--url", url, *trusted, *model, *QUICK]) == 1
+        said = capsys.readouterr().err
+        assert "is not trusted" in said and why in said and "pass --ca-file FILE" in said, said
+    assert not engine.keys, "nothing is sent before the certificate has been checked"
+
+
+def test_the_wrong_scheme_is_named(
+    safe: tuple[StandIn, str], engine: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "engine", "--url", engine.url.replace("http", "https"), *QUICK]) == 1
+    assert f"pass --url {engine.url}" in capsys.readouterr().err
+    assert main(["bench", "engine", "--url", safe[0].url.replace("https", "http"), *QUICK]) == 1
+    assert "no engine answers at http://127.0.0.1" in capsys.readouterr().err
+
+
+def test_no_error_contains_the_key(
+    safe: tuple[StandIn, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ca = safe
+    words = "bench", "engine", "--url", engine.url, "--ca-file", ca, *QUICK
+    assert main([*words]) == 1
+    said = capsys.readouterr().err
+    assert "--engine-key-file" in said and "OPENAI_API_KEY" in said
+    engine.key = "another"
+    assert main([*words, "--model", "m", "--engine-key-file", key_file(tmp_path, KEY)]) == 1
+    said = capsys.readouterr().err
+    assert "Incorrect API key provided: Bearer ***" in said and KEY not in said
+    for text, mode, why in (
+        (KEY, 0o644, "chmod 600"),
+        (f"{KEY}\n{KEY}", 0o600, "one API key, on one line"),
+        ("", 0o600, "one API key, on one line"),
+    ):
+        assert main([*words, "--engine-key-file", key_file(tmp_path, text, mode)]) == 2
+        said = capsys.readouterr().err
+        assert why in said and KEY not in said
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\nX: y")
+    assert main([*words]) == 2 and KEY not in capsys.readouterr().err
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert main(["bench", "engine", "--url", f"https://me:{KEY}@localhost"]) == 2
+    assert KEY not in capsys.readouterr().err
+    assert main(["bench", "engine", "--ca-file", str(tmp_path / "api-key")]) == 2
+    assert "--ca-file" in capsys.readouterr().err

@@ -21,7 +21,7 @@ import lmcache
 from lmcache.cli.describe import table
 from lmcache.cli.main import main
 from lmcache.config import ServerConfig
-from lmcache.server import http, http_sockets
+from lmcache.server import http_routes, http_sockets
 from lmcache.server.http import HttpEndpoint
 from lmcache.server.metrics import HELP
 from ports import free_port
@@ -36,7 +36,7 @@ get = partial(httpx.get, trust_env=False, timeout=PATIENCE)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of verbs that run in this process."""
     monkeypatch.setattr("lmcache.wire.http_client.DEADLINE_SECONDS", PATIENCE)
-    monkeypatch.setattr(http, "_CONTROL_SECONDS", PATIENCE)
+    monkeypatch.setattr(http_routes, "_CONTROL_SECONDS", PATIENCE)
     monkeypatch.setattr(http_sockets, "_REQUEST_SECONDS", PATIENCE)
 
 

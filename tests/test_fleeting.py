@@ -8,6 +8,7 @@ import pytest
 
 from lmcache.cache import SERVER, Event
 from lmcache.cache.events import LET_GO
+from lmcache.cache.letting_go import LET_GO_AT_ONCE, MOST_UNFINISHED
 from lmcache.cache.lifetimes import Lifetimes
 from lmcache.cache.managing import Managing
 from lmcache.chunks import split_hashes
@@ -19,8 +20,8 @@ PROMPT = random.Random(1).randbytes(16 * 6)
 class Parts:
     """A heart with two engines and a fleeting tier."""
 
-    def __init__(self, reach: int = 0) -> None:
-        self.heart = Managing(64 * SECTOR)
+    def __init__(self, reach: int = 0, chunks: int = 64) -> None:
+        self.heart = Managing(chunks * SECTOR)
         self.heart.fleeting_tiers.add("peers")
         for process in (1, 2):
             self.heart.join(process, f"engine {process}")
@@ -180,3 +181,81 @@ def test_what_an_engine_stores_after_a_deletion_stays() -> None:
     one.fill(PROMPT, process=1, tier="")
     one.end(one.look_up())
     assert one.left == 6, "the engine has computed it, and no peer has brought it"
+
+
+LONG = random.Random(2).randbytes(16 * 1000)
+
+
+@pytest.mark.parametrize("reach", [0, 1000])
+def test_a_long_prompt_leaves_in_many_calls_of_bounded_work(reach: int) -> None:
+    one, asked = Parts(reach, chunks=1024), list[int]()
+    one.heart.on_unfinished = lambda: asked.append(one.left)
+    one.fill(LONG)
+    one.end(one.look_up(LONG))
+    calls = 0
+    while one.left:
+        assert len(asked) == calls + 1, "it asks for another call while something is left"
+        before = one.left
+        one.heart.let_go()
+        assert 0 < before - one.left <= LET_GO_AT_ONCE
+        calls += 1
+    assert len(asked) >= calls and 1000 // LET_GO_AT_ONCE <= calls + 1 <= 1000 // LET_GO_AT_ONCE + 2
+    assert {event.reason for event in one.told} == {LET_GO} and sum(event.chunks for event in one.told) == 1000
+    assert one.told[0].hashes.startswith(LONG[-16:]), "the end goes first"
+    assert one.heart.used_bytes() == 0 and not one.heart._fleeting and not one.heart._unfinished
+
+
+def test_what_has_not_left_yet_is_found_and_then_stays_for_its_reader() -> None:
+    one = Parts(chunks=1024)
+    one.fill(LONG)
+    one.end(one.look_up(LONG))
+    found = one.left
+    assert 0 < found < 1000
+    lease = one.look_up(LONG[: 16 * found], process=2)
+    for _ in range(1000):
+        one.heart.let_go()
+    assert one.left == found and not one.heart._unfinished
+    one.end(lease, 2)
+    while one.heart._unfinished:
+        one.heart.let_go()
+    assert one.left == 0
+
+
+def test_the_beginning_that_an_earlier_reader_has_left_goes_in_bounded_calls_too() -> None:
+    one = Parts(chunks=1024)
+    one.fill(LONG)
+    first, second = one.look_up(LONG), one.look_up(LONG, process=2, have=990)
+    one.end(first)
+    while one.heart._unfinished:
+        one.heart.let_go()
+    assert one.left == 1000
+    one.end(second, 2)
+    assert 1000 - one.left <= LET_GO_AT_ONCE
+    for _ in range(2 * 1000 // LET_GO_AT_ONCE):
+        before = one.left
+        one.heart.tick(0.0)
+        assert before - one.left <= LET_GO_AT_ONCE
+    assert one.left == 0
+
+
+def test_a_clear_ends_what_has_begun() -> None:
+    one = Parts(chunks=1024)
+    one.fill(LONG)
+    one.end(one.look_up(LONG))
+    one.heart.clear()
+    assert one.left == 0 and one.heart.used_bytes() == 0 and not one.heart._unfinished
+    one.fill(LONG, process=1, tier="")
+    one.heart.let_go()
+    assert one.left == 1000
+    assert one.heart.lookup(0.0, 1, one.space, LONG).chunks == 1000
+
+
+def test_leases_that_end_faster_than_chunks_leave_are_not_kept_without_bound() -> None:
+    one, ends = Parts(chunks=1024), MOST_UNFINISHED + 10
+    one.fill(LONG)
+    for lease in [one.look_up(LONG) for _ in range(ends)]:
+        one.end(lease)
+    assert len(one.heart._unfinished) == MOST_UNFINISHED
+    while one.heart._unfinished:
+        one.heart.let_go()
+    assert one.left == 0, "whoever ends last has read it, too"

@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,9 +21,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from lmcache import __version__
 from lmcache.config import ServerConfig
 from lmcache.errors import ConfigError
-from lmcache.server import http, http_sockets
+from lmcache.server import http, http_answers, http_routes, http_sockets
 from lmcache.server.history import COLUMNS, INTERVAL_SECONDS, SAMPLES, History
-from lmcache.server.http import HttpEndpoint, why_refused
+from lmcache.server.http import HttpEndpoint
+from lmcache.server.http_guards import why_refused
 from lmcache.server.metrics import families
 from servers import PATIENCE, eventually
 
@@ -33,7 +35,7 @@ get, post = partial(httpx.get, timeout=PATIENCE), partial(httpx.post, timeout=PA
 @pytest.fixture(autouse=True)
 def patient_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine makes no server unhealthy: tests of these bounds set their own."""
-    monkeypatch.setattr(http, "_CONTROL_SECONDS", PATIENCE)
+    monkeypatch.setattr(http_routes, "_CONTROL_SECONDS", PATIENCE)
     monkeypatch.setattr(http_sockets, "_REQUEST_SECONDS", PATIENCE)
     monkeypatch.setattr(http, "_START_SECONDS", PATIENCE)
 
@@ -52,6 +54,9 @@ class Server:
     def status(self) -> dict[str, object]:
         config = ServerConfig(api_token=TOKEN).redacted()
         return {"version": "1", "config": config, "engines": [{"instance": "<b>engine</b>", "layout": "x"}]}
+
+    def requests(self, limit: int) -> dict[str, object]:
+        return {"requests": [{"request": "r1"}], "limit": limit}
 
     def fetches(self) -> list[dict[str, object]]:
         return [{"request": "r1", "outcome": "late"}]
@@ -144,7 +149,7 @@ def test_a_heart_that_hangs_is_unhealthy_and_stops_nothing(served: Served, monke
     served.server.healthy = lambda: (freed.wait(PATIENCE), "it has waited for the end of the test")
     try:
         with monkeypatch.context() as hasty:
-            hasty.setattr(http, "_CONTROL_SECONDS", 0.2)
+            hasty.setattr(http_routes, "_CONTROL_SECONDS", 0.2)
             answer = get(served.url + "/healthcheck")
         assert answer.status_code == 503 and "does not answer" in answer.json()["reason"]
         assert get(served.url + "/status").status_code == 200
@@ -460,6 +465,51 @@ def test_the_page_is_the_same_for_everybody_and_runs_no_other_script(served: Ser
     assert "innerHTML" not in page.text and not re.search(r"(src|href)=.?(https?:)?//", page.text)
 
 
+def test_all_who_look_at_the_page_within_a_second_get_one_answer(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_routes, "_SHARED_SECONDS", 3600.0)
+    made, status = list[float](), served.server.status
+    served.server.status = lambda: made.append(1) or status()  # type: ignore[method-assign, func-returns-value]
+    served.server.troubles = ["disk: no room"]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(get, [f"{served.url}/overview"] * 8))
+    told = answers[0].json()
+    assert {one.text for one in answers} == {answers[0].text} and len(made) == 1
+    assert told["health"] == {"status": "healthy", "reason": "", "degraded": ["disk: no room"], "refused_engines": []}
+    assert told["status"] == get(served.url + "/status").json() and told["requests"]["limit"] == 20
+    assert "history" not in told
+    assert get(served.url + "/overview?history=1").json()["history"] == get(served.url + "/history").json()
+    made.clear()
+    monkeypatch.setattr(http_routes, "_SHARED_SECONDS", 0.0)
+    for _ in range(3):
+        get(served.url + "/overview")
+    assert len(made) == 3, "and later it is a new one"
+
+
+def test_the_page_says_why_there_are_no_records(served: Served) -> None:
+    def none(limit: int) -> dict[str, object]:
+        raise ConfigError("no records are kept: --records-mb is 0")
+
+    served.server.requests = none  # type: ignore[method-assign]
+    assert get(served.url + "/overview").json()["requests"] == {"reason": "no records are kept: --records-mb is 0"}
+
+
+def test_a_server_that_hangs_keeps_nobody_waiting_for_who_waits(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed = threading.Event()
+    served.server.healthy = lambda: (freed.wait(PATIENCE), "")
+    try:
+        with monkeypatch.context() as hasty:
+            hasty.setattr(http_routes, "_CONTROL_SECONDS", 0.2)
+            with ThreadPoolExecutor(4) as threads:
+                answers = list(threads.map(get, [f"{served.url}/overview"] * 4))
+        assert {one.status_code for one in answers} == {503}
+    finally:
+        freed.set()
+
+
 def test_the_last_hour(served: Served) -> None:
     assert get(served.url + "/history").json() == {"columns": ["time", "chunks"], "samples": [[1.5, 2.0], [11.5, 3.0]]}
     answer = get(served.url + "/history?format=csv")
@@ -487,6 +537,6 @@ def test_an_hour_of_samples_is_kept() -> None:
 
 def test_answers_are_json_even_if_a_counter_is_no_number() -> None:
     assert (
-        http._json({"a": [float("inf"), 1.5], "b": {"c": float("nan")}}).body
+        http_answers.answer({"a": [float("inf"), 1.5], "b": {"c": float("nan")}}).body
         == b'{"a": [null, 1.5], "b": {"c": null}}\n'
     )

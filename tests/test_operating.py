@@ -365,7 +365,14 @@ def test_a_prefetch_that_hangs_is_cancelled_and_bounded_in_number(
     )  # else a load of a slow machine has failed by then
     cache = server(l1=4, chunk=CHUNK, flags=("--l2", f"hanging://{hanging}?calls=load", *patient))
     engine(cache).store(prompt(1))
-    begun = [ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(seed)}, status=202) for seed in range(2, 10)]
+
+    def begin(seed: int) -> dict[str, Any]:
+        return ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(seed)}, status=202)
+
+    with ThreadPoolExecutor(
+        8
+    ) as threads:  # at the same time: what begins when the tier has stalled does not wait for it
+        begun = list(threads.map(begin, range(2, 10)))
     cache.line_with("load hangs")
     assert {one["state"] for one in begun} == {"loading"} and cache.counters()["prefetches_running"] == 8
     assert "8 prefetches run" in ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(10)}, status=409)["reason"]
@@ -374,6 +381,18 @@ def test_a_prefetch_that_hangs_is_cancelled_and_bounded_in_number(
     assert cache.counters()["prefetches_running"] == 0 and cache.counters()["fetches_open"] == 0
     os.close(os.open(hanging, os.O_WRONLY))
     assert in_l1(cache, tokens=prompt(1), tiers=False) == 160
+
+
+@pytest.mark.parametrize("call", ["load", "contains"])
+def test_a_prefetch_behind_a_stalled_tier_says_what_stalls(
+    call: str, server: StartServer, engine: StartEngine, hanging: Path
+) -> None:
+    flags = "--l2", f"hanging://{hanging}?calls={call}", "--l2-patience-seconds", "1"
+    cache = server(l1=4, chunk=CHUNK, flags=flags)
+    engine(cache).store(prompt(1))
+    told = ended(cache, ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(2)}, status=202)["id"])
+    assert told["state"] == "failed" and f"hanging (stalled: {call} has not returned for" in told["reason"], told
+    os.close(os.open(hanging, os.O_WRONLY))
 
 
 def test_lookups_of_operators_do_not_judge_a_tier(

@@ -24,7 +24,7 @@ from lmcache.cache.reasons import REASONS
 from lmcache.config.engine import MEANING, OTHERS, ROWS, EngineConfig
 from lmcache.config.server import OPTIONS
 from lmcache.integration.vllm.settings import SETTINGS
-from lmcache.server.http import CHANGES, READS
+from lmcache.server.http_guards import CHANGES, READS
 from lmcache.server.metrics import HELP, LABELS
 from lmcache.server.refused import EXPLAINED, Reason
 from lmcache.server.tier_report import TierReport

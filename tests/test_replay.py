@@ -154,6 +154,10 @@ BAD = {
         '{"lmcache_trace": 1, "chunk_tokens": 16}\n{"t": 1, "lookup": 0, "hashes": ""}\n',
         "uses space 0 before",
     ),
+    "answer": (
+        '{"lmcache_trace": 1, "chunk_tokens": 16}\n{"t": 1, "replied": 0, "last": "", "tokens": 3}\n',
+        "line 2: an answer has one hash",
+    ),
     "hashes": (
         '{"lmcache_trace": 1, "chunk_tokens": 16}\n{"t": 1, "lookup": 0, "hashes": "12"}\n',
         "line 2: 1 bytes of hashes",

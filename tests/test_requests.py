@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine_process import PATIENCE, Engine, pause_once
-from lmcache.chunks import HASH_BYTES, Group
+from lmcache.chunks import HASH_BYTES, Group, tenant_of
 from lmcache.engine import Copies, Copy, Hit, Loading, Request, Requests
 from lmcache.engine.embedded import wait_connected
 from lmcache.engine.endpoint import Endpoint
@@ -21,6 +21,9 @@ from lmcache.engine.local import LocalRank
 from lmcache.engine.requests import HIT_SECONDS, MISS_SECONDS, WAIT_SHARE, GroupTable
 from lmcache.errors import LayoutError
 from lmcache.runtime import RUNTIME, Runtime
+from lmcache.sizing.readers import Trace
+from lmcache.sizing.replay import Capacity, Simulation, replay
+from lmcache.sizing.trace import Lookup, Replied
 from proxy import Proxy
 from servers import Server, eventually
 from stores import RedisServer, binary_of
@@ -241,6 +244,24 @@ def test_a_server_that_learns_is_told_how_long_answers_are(server: Servers, engi
     assert not one.counters()["refused_requests_total"]
 
 
+def test_a_trace_tells_how_long_answers_were(server: Servers, engine: Engines, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    one = server(flags=("--record-trace", str(path)))
+    bed, ids = Bed(engine(one)), list(range(200))
+    for name, answer in (("a", 70), ("b", 0), ("c", 3)):
+        bed.requests.find(bed.open(name), ids)
+        bed.requests.finish(name, len(ids) + answer)
+    eventually(lambda: path.read_text().count('"replied"') == 2)
+    lookups = [one for one in Trace([path]) if isinstance(one, Lookup)]
+    replied = [one for one in Trace([path]) if isinstance(one, Replied)]
+    assert [one.tokens for one in replied] == [70, 3] and replied[0].time >= lookups[0].time
+    assert {one.last for one in replied} == {one.hashes[-16:] for one in lookups}
+    assert one.status()["eviction"]["answers_learned_from"] == 0, "LRU learns nothing"
+    simulation = Simulation("learned", Capacity(blocks=100))
+    told = replay(Trace([path]), [simulation], lambda requests: None).as_json()
+    assert (told["requests"], told["answers"]) == (3, 2)
+
+
 def test_a_request_counts_once_however_long_it_waits(server: Servers, engine: Engines) -> None:
     """Schedulers ask about a waiting request again and again, and each lookup is a lease or a miss of its own."""
     one = server(chunk=CHUNK)
@@ -282,6 +303,15 @@ def test_a_tier_that_loads_is_asked_about_at_every_step(bed: Bed, monkeypatch: p
         tier.setattr(bed.session, "poll", lambda *_, **__: Loading(0, 4))
         assert [isinstance(bed.requests.find(waits, ids), Loading) for _ in range(2)] == [True, True]
     assert bed.requests.find(waits, ids) is None and bed.asked == 1
+
+
+def test_a_request_tells_its_tenant_whatever_else_its_salt_depends_on(bed: Bed) -> None:
+    for generation in (0, 1):
+        bed.requests._generation = generation
+        chain = bed.requests.chain(bed.open(f"r{generation}", salt="tenant"))
+        assert chain is not None and chain.tenant == tenant_of("tenant") != b""
+    chain = bed.requests.chain(bed.open("without"))
+    assert chain is not None and chain.tenant == b""
 
 
 @pytest.mark.parametrize("change", [{"salt": "s"}, {"adapter": ("x", "1")}, {"extras": lambda *_: b"image"}])

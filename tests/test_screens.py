@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,89 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not any(word.startswith("--hash-algorithm") for word in completed("lmcache", "server", "--")), (
         "it has no effect"
     )
+
+
+@pytest.fixture
+def zsh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], str]]:
+    """Types into a real zsh and presses the tabulator key. Returns what the line is then."""
+    if not shutil.which("zsh"):
+        pytest.skip("zsh is not installed")
+    assert main(["completion", "zsh"]) == 0
+    (tmp_path / "lmcache.zsh").write_text(capsys.readouterr().out)
+    line = tmp_path / "line"
+    start = (
+        "autoload -Uz compinit; compinit -u -D; source lmcache.zsh; "
+        f'show() {{ print -r -- "$BUFFER" > {line}.new; mv {line}.new {line}; BUFFER= }}; '
+        "zle -N show; bindkey '^Xt' show; PROMPT='wai''ting> '\r"
+    )
+    main_end, child_end = pty.openpty()
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+    child = subprocess.Popen(
+        ["zsh", "-f", "-i"], stdin=child_end, stdout=child_end, stderr=child_end, cwd=tmp_path, env=environment
+    )
+    os.close(child_end)
+
+    def typed(text: str) -> str:
+        line.unlink(missing_ok=True)
+        os.write(main_end, f"{text}\t\x18t".encode())
+        eventually(lambda: drained() and line.exists())
+        return line.read_text().removesuffix("\n")
+
+    said = b""
+
+    def drained() -> bool:
+        nonlocal said
+        while select.select([main_end], [], [], 0)[0]:
+            said += os.read(main_end, 65536)
+        return True
+
+    try:
+        os.write(main_end, start.encode())
+        eventually(lambda: drained() and b"waiting> " in said)
+        yield typed
+    finally:
+        child.kill()
+        child.wait()
+        os.close(main_end)
+
+
+COMPLETIONS = {
+    "lmcache desc": "describe",
+    "lmcache tier rem": "remove",
+    "lmcache server --l1-size-g": "--l1-size-gb",
+    "lmcache ping --format term": "terminal",
+    "lmcache kvcache usage --b": "--by",
+    "lmcache kvcache usage --by t": "tenant",
+    "lmcache completion z": "zsh",
+}
+
+
+def test_zsh_completes(zsh: Callable[[str], str]) -> None:
+    for text, word in COMPLETIONS.items():
+        assert zsh(text).split(" ")[-2:] == [word, ""], text
+    assert zsh("lmcache server --hash-algo").endswith("--hash-algo"), "it has no effect"
+
+
+def test_fish_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not shutil.which("fish"):
+        pytest.skip("fish is not installed")
+    assert main(["completion", "fish"]) == 0
+    (tmp_path / "lmcache.fish").write_text(capsys.readouterr().out)
+
+    def completed(text: str) -> list[str]:
+        call = ["fish", "--no-config", "-c", f"source lmcache.fish; complete -C '{text}'"]
+        environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+        assert not done.stderr
+        return [line.partition("\t")[0] for line in done.stdout.splitlines()]
+
+    for text, word in COMPLETIONS.items():
+        assert completed(text) == [word], text
+    assert completed("lmcache completion ") == ["bash", "fish", "zsh"], "and no files"
+    assert completed("lmcache server --hash-algo") == [], "it has no effect"
+    assert "lmcache.fish" in completed("lmcache config check "), "files, where a word may be one"
+    assert completed("lmcache bench server --l1-size") == [], "flags of the verb alone, not of words like it"
+    assert "server" in completed("lmcache ") and "lmcache.fish" not in completed("lmcache ")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -12,13 +12,14 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import anyio
 
+from lmcache.bench.reaching import headers_of, model_of, why_failed, without
 from lmcache.bench.samples import quantile
 from lmcache.bench.workloads import Shape, Workload
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
@@ -39,7 +40,7 @@ _SETTLE_SECONDS = 10.0
 @dataclass(frozen=True)
 class Plan:
     """What to do. rate: conversations that begin in a second; 0: the next one begins when one ends. output_tokens: of an
-    answer."""
+    answer. model: "" for the first one that the engine serves."""
 
     engine: Engine
     model: str
@@ -78,8 +79,7 @@ class _Run:
         self.has_ids = True
         """Whether the engine returns the ids of its answers."""
         self.tells_cached = False
-        headers = {"Content-Type": "application/json"}
-        self.headers = headers | ({"Authorization": f"Bearer {plan.key}"} if plan.key else {})
+        self.headers = headers_of(plan.key)
 
     async def complete(self, prompt: list[int]) -> tuple[Sample, list[int]]:
         """Send a prompt. Return what was measured, and the ids of the answer."""
@@ -103,7 +103,7 @@ class _Run:
                     text = b"".join([part async for part in said.parts()])[:_MOST_ERROR_BYTES].decode(
                         "utf-8", "replace"
                     )
-                    sample.failure = f"HTTP {said.status}: {text}"
+                    sample.failure = without(plan.key, f"HTTP {said.status}: {text}")
                     return sample, answer
                 rest = b""
                 async for part in said.parts():
@@ -113,9 +113,9 @@ class _Run:
                     for event in events:
                         self._take(event, sample, answer, began)
         except FAILURES as error:
-            sample.failure = str(error) or type(error).__name__
+            sample.failure = without(plan.key, why_failed(plan.engine, error))
         except _STRANGE as error:
-            sample.failure = f"not the answer of an OpenAI-compatible engine: {error}"
+            sample.failure = without(plan.key, f"not the answer of an OpenAI-compatible engine: {error}")
         sample.whole_seconds = RUNTIME.now() - began
         if not sample.failure and not sample.first_seconds:
             sample.failure = "the answer ended before a token"
@@ -129,7 +129,7 @@ class _Run:
         if not isinstance(told, dict):
             raise ValueError("an event that is no JSON object")
         if told.get("error"):
-            sample.failure = str(told["error"])[:_MOST_ERROR_BYTES]
+            sample.failure = without(self.plan.key, str(told["error"]))[:_MOST_ERROR_BYTES]
             return
         sample.name = str(told.get("id") or sample.name)
         choices = told.get("choices") or [{}]
@@ -175,8 +175,7 @@ class _Run:
 async def measured(url: str, prompts: Sequence[list[int]], output_tokens: int) -> list[tuple[Sample, list[int]]]:
     """Send prompts one after the other to the first model of an engine. Return what was measured, and the ids of each answer."""
     (engine,) = parse_engines("--url", url)
-    model = await anyio.to_thread.run_sync(model_of, url, "")
-    run = _Run(Plan(engine, model, (), Shape(0, 0, 0), 1, 1, 0.0, output_tokens, 600.0))
+    run = _Run(Plan(engine, await model_of(engine, ""), (), Shape(0, 0, 0), 1, 1, 0.0, output_tokens, 600.0))
     return [await run.complete(prompt) for prompt in prompts]
 
 
@@ -184,8 +183,10 @@ async def measure(plan: Plan) -> dict[str, Any]:
     """Measure all workloads. Return JSON types.
 
     Raises:
-        ServerUnavailable: the engine does not answer the first request.
+        ServerUnavailable, ServerRefused: the engine does not answer the first request.
     """
+    if not plan.model:
+        plan = replace(plan, model=await model_of(plan.engine, plan.key))
     run, unknown = _Run(plan), list[str]()
     first, _ = await run.complete([*range(64)] if plan.shape.vocabulary > 64 else [1] * 8)
     if first.failure:
@@ -356,26 +357,6 @@ def _figures(samples: Sequence[float]) -> dict[str, float] | None:
         "most": round(max(samples), 3),
         "spread": round(statistics.pstdev(samples), 3),
     }
-
-
-def model_of(url: str, key: str) -> str:
-    """Return the name of the first model that the engine serves.
-
-    Raises:
-        ServerUnavailable, ServerRefused: there is no OpenAI-compatible engine.
-    """
-    try:
-        status, answer = ask(url, "/v1/models", token=key)
-    except ServerUnavailable:
-        raise ServerUnavailable(
-            f"no engine answers at {url}/v1/models: start it (`vllm serve MODEL`), or pass --url"
-        ) from None
-    models = answer.get("data")
-    if status != 200 or not isinstance(models, list) or not models or not isinstance(models[0], dict):
-        raise ServerRefused(
-            f"{url}/v1/models answered HTTP {status} and no list of models: pass the --url of an engine"
-        )
-    return str(models[0].get("id"))
 
 
 def checked(requests: int, tokens: int, output_tokens: int, concurrency: int, rate: float, vocabulary: int) -> None:

@@ -76,6 +76,11 @@ class Account(NamedTuple):
     found: dict[str, int]
     missed: dict[str, int]
     fetch: FetchRecord | None
+    space: int = -1
+    tenant: bytes = b""
+    """Whose prompt it was."""
+    first: bytes = b""
+    """The hash of its first chunk; b"" if it has none."""
 
 
 class Accounts:
@@ -240,7 +245,8 @@ class Accounts:
         for reason, count in missed.items():
             self.missed[reason] += count
         for told in self.on_account:
-            told(Account(event.process, event.request, now - since, tokens, found, missed, fetch))
+            whose = event.space, event.tenant, event.hashes[:HASH_BYTES]
+            told(Account(event.process, event.request, now - since, tokens, found, missed, fetch, *whose))
         if self._seen is not None:
             reason, chunk = (runs[0][0], usable) if runs else (next(iter(missed)), asked) if missed else ("", -1)
             if reason == "differs":

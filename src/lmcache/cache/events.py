@@ -20,7 +20,7 @@ KINDS = (
 )  # fmt: skip
 TIER_KINDS = "loaded", "load_failed", "written", "write_failed"
 """Kinds of events of tiers; `KINDS` are those of L1."""
-REQUEST_KINDS = "waits", "answered", "fetched"
+REQUEST_KINDS = "waits", "answered", "fetched", "replied"
 """Kinds of events of requests."""
 LET_GO = "let go"
 """Reason of `evicted`: the chunk came from a tier whose chunks are not kept, and was used. Otherwise the reason is `room`."""
@@ -41,6 +41,7 @@ class Event(NamedTuple):
     waits          A lookup was told to wait for a tier or another engine; `found` chunks are in L1.
     answered       A lookup of these chunks has its answer, for the first time: `found` of them can be used. Reason `later`: it
                    did not wait, and is told after events that came after it.
+    replied        The engine has answered a prompt whose last chunk is this one with `tokens` tokens. Engines tell it when asked.
     fetched        A fetch (`cache.waits.FetchRecord`) has ended; the reason is its outcome.
     """
 
@@ -70,11 +71,13 @@ class Event(NamedTuple):
     have: int = 0
     """For answered: the engine has so many leading chunks itself."""
     tokens: int = 0
-    """For answered: tokens of the prompt; 0 if the engine did not say."""
+    """For answered: tokens of the prompt; 0 if the engine did not say. For replied: of the answer."""
     text: bytes = b""
     """For answered: names the first chunk's tokens, whatever the model; b"" if the engine did not say."""
     fetch: FetchRecord | None = None
     """For fetched."""
+    tenant: bytes = b""
+    """For answered: whose prompt it is; b"" if the engine did not say."""
 
 
 Listener = Callable[[Event], None]

@@ -1,6 +1,6 @@
 """The heart of L1 decides about processes, lookups, leases, expiry and clears.
 
-The rules of this file, and of `filling` and `announcing`, on which it stands:
+The rules of this file, and of `letting_go`, `filling` and `announcing`, on which it stands:
 - A chunk is *complete* when all its shards are committed. A lookup finds only complete chunks, and only a prefix of those asked.
 - An expired lease keeps its chunks, which others may go on reading, and it can be renewed. An expired reservation keeps its
   extents but not its chunks: another process may fill these in other extents, and a late commit is refused.
@@ -8,7 +8,7 @@ The rules of this file, and of `filling` and `announcing`, on which it stands:
 - A chunk that is leased or being filled is never evicted, nor are its ancestors (`allocator` decides what is evicted).
 - If a shard could not be filled, its chunk becomes incomplete and keeps its descendants. A later reservation can fill the shard.
 - New data is refused only when nothing may be evicted for it; every refusal has a reason and is counted.
-- What a fleeting tier has loaded is evicted when an engine has read it, as soon as nobody else reads it and no chunk follows it.
+- What a fleeting tier has loaded is evicted when an engine has read it, soon after nobody else reads it and no chunk follows it.
 - Clearing replaces the index by an empty one. Claims on the old index keep it and their extents until they end.
 - The server fills and reads for the tiers as the process `SERVER`, which does not count as a user of a space.
 - A chunk that an engine has promised or is filling is a miss, but others are told that it comes (`cache.promises`).
@@ -24,10 +24,10 @@ from typing import NamedTuple
 
 from lmcache.cache.allocator import Space
 from lmcache.cache.claims import SERVER, AnyClaim, Held, Instance, Lease, Refusal, Reservation
-from lmcache.cache.events import LET_GO, NOBODY, By, Event
-from lmcache.cache.filling import Filling
+from lmcache.cache.events import NOBODY, By, Event
 from lmcache.cache.groups import Found, Part, parts_of, usable_prefix
 from lmcache.cache.index import MAX_SISTERS, names_of, of_lookup, of_records, pack_ids
+from lmcache.cache.letting_go import LettingGo
 from lmcache.cache.table import Table
 from lmcache.chunks import HASH_BYTES, Split, split_hashes
 
@@ -74,7 +74,7 @@ class Lent(NamedTuple):
     pinned_bytes: int = 0
 
 
-class Heart(Filling):
+class Heart(LettingGo):
     """Decides about one arena of `total_bytes`, by the rules at the head of this file.
 
     Args:
@@ -425,6 +425,7 @@ class Heart(Filling):
         while left > 0 and (claim := self._claims.next_expired(now)) is not None:
             left -= claim.chunks
             self._expired(claim)
+        self.let_go()
         self._close_spaces()
         self._allocator.retry_shares()
 
@@ -439,6 +440,7 @@ class Heart(Filling):
 
     def clear(self) -> int:
         """Remove all chunks; return how many were complete. Extents under a claim are freed when the claim ends."""
+        self._stop_letting_go()
         kept: dict[int, set[int]] = {number: set() for number in self._spaces}
         keys = {number: self._complete_keys(space) for number, space in self._spaces.items()}
         for claim in self._claims.leases.values():
@@ -477,47 +479,6 @@ class Heart(Filling):
     @property
     def open_leases(self) -> int:
         return len(self._claims.leases)
-
-    # The ends of claims
-
-    def _end_lease(self, number: int) -> None:
-        lease = self._claims.end_lease(number)
-        self._end_reading(lease.parts)
-        if self._fleeting:
-            self._let_go(lease)
-
-    def _end_reading(self, parts: Iterable[Held]) -> None:
-        """Note that a lease or a pin holds these chunks no longer, and free those that have left the index meanwhile."""
-        for space, table, ids in parts:
-            released = table.unpin(ids)
-            if released:
-                self._free(space, table, released)
-
-    def _let_go(self, lease: Lease) -> None:
-        """Evict those chunks of a lease that has ended which are fleeting and have been read by an engine. What only the server
-        or a peer has read stays: an engine's lookup is about to ask for it, or nobody is, and then it is evicted in its turn."""
-        fleeting, read = self._fleeting, bool(lease.instance.spaces)
-        for space, table, ids in lease.parts:
-            if table is not space.table:
-                continue  # it was cleared meanwhile
-            known = {
-                key: record for record in array("I", ids) if (key := (space.number, table.key(record))) in fleeting
-            }
-            if read:
-                fleeting.update(dict.fromkeys(known, True))
-            for key, record in reversed(known.items()):  # the end of a prompt first, and with it what only it has kept
-                if key not in fleeting or not fleeting[key] or not table.evictable(record):
-                    continue
-                above = table.parent(record)
-                while above >= 0 and fleeting.get((space.number, table.key(above))) and _only_follows(table, above):
-                    record, above = above, table.parent(above)
-                self._evict(space, record)
-        self._emit_evicted(lease.by, -1, LET_GO)
-
-
-def _only_follows(table: Table, record: int) -> bool:
-    """Return whether the chunk would be evictable without the only chunk that follows it."""
-    return table.children(record) == 1 and not table.pins(record) and not table.filling(record)
 
 
 def _leave_index(table: Table, ids: bytes) -> array[int]:

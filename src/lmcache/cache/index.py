@@ -42,7 +42,7 @@ class Index:
         """(kind of event, space) -> hashes and times of last use of the chunks that the current reservation has evicted. Hashes
         are empty, and times are missing, if no listener needs them."""
         self.fleeting_tiers: set[str] = set()
-        """Tiers whose chunks are let go after their use (`Heart._let_go`)."""
+        """Tiers whose chunks are let go after their use (`cache.letting_go`)."""
         self._fleeting: dict[tuple[int, bytes], bool] = {}
         """(space, chunk hash) of each chunk in the index that came from such a tier -> whether an engine has read it."""
         self._spaces: dict[int, Space] = {}

@@ -3,7 +3,15 @@
 May import: `lmcache.errors` and nothing else of this package.
 """
 
-from lmcache.chunks.hashing import HASH_BYTES, TokenChain, chunk_hash, chunk_root, split_hashes
+from lmcache.chunks.hashing import (
+    HASH_BYTES,
+    TENANT_BYTES,
+    TokenChain,
+    chunk_hash,
+    chunk_root,
+    split_hashes,
+    tenant_of,
+)
 from lmcache.chunks.layout import (
     LOSSY_KV,
     PER_TOKEN_HEAD,
@@ -22,6 +30,7 @@ __all__ = [
     "LOSSY_KV",
     "PER_TOKEN_HEAD",
     "SCALE_BYTES",
+    "TENANT_BYTES",
     "Group",
     "Layout",
     "Shard",
@@ -32,5 +41,6 @@ __all__ = [
     "shard_of_rank",
     "space_fingerprint",
     "split_hashes",
+    "tenant_of",
     "tensor_splits",
 ]

@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # the server computes no hashes and does not need NumPy
 
     Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.int64]
 
-HASH_BYTES = 16
-_ROOT_CONTEXT, _PASSAGE_CONTEXT = "lmcache chunk v1", "lmcache passage v1"
+HASH_BYTES, TENANT_BYTES = 16, 8
+_ROOT_CONTEXT, _PASSAGE_CONTEXT, _TENANT_CONTEXT = "lmcache chunk v1", "lmcache passage v1", "lmcache tenant v1"
 _U32 = struct.Struct("<I")
 _TYPECODE = "I" if array("I").itemsize == 4 else "L"
 _ENCODED_TOKENS = 4096
@@ -47,6 +47,11 @@ def chunk_root(
         fields.append(_utf8(passage))
     material = b"".join(_U32.pack(len(field)) + field for field in fields)
     return blake3(material, derive_key_context=_PASSAGE_CONTEXT if passage else _ROOT_CONTEXT).digest(HASH_BYTES)
+
+
+def tenant_of(cache_salt: str) -> bytes:
+    """Return the 8-byte id of a `cache_salt`, by which servers tell tenants apart without being told salts; b"" for no salt."""
+    return blake3(_utf8(cache_salt), derive_key_context=_TENANT_CONTEXT).digest(TENANT_BYTES) if cache_salt else b""
 
 
 def split_hashes(hashes: bytes) -> list[bytes]:
@@ -107,9 +112,9 @@ class TokenChain:
     2
     """
 
-    __slots__ = ("_extras", "chunk_tokens", "hashes", "root", "text")
+    __slots__ = ("_extras", "chunk_tokens", "hashes", "root", "tenant", "text")
 
-    def __init__(self, root: bytes, chunk_tokens: int, extras: Extras | None = None) -> None:
+    def __init__(self, root: bytes, chunk_tokens: int, extras: Extras | None = None, tenant: bytes = b"") -> None:
         self.root = root
         self.chunk_tokens = chunk_tokens
         self.hashes = b""
@@ -117,6 +122,8 @@ class TokenChain:
         self.text = b""
         """Eight bytes that name the tokens of the first chunk alone, whatever the root; b"" before it is full."""
         self._extras = extras
+        self.tenant = tenant
+        """Whose prompt it is, as `tenant_of` tells it."""
 
     def __len__(self) -> int:
         """Return the number of full chunks hashed so far."""

@@ -23,6 +23,7 @@ examples:
   lmcache bench
   lmcache bench --model big --threads 2 --json
   lmcache bench engine --url http://localhost:8000 --lmcache-url http://localhost:8080
+  lmcache bench engine --url https://llm.example.org --engine-key-file key --ca-file ca.pem
   lmcache bench engine --workloads chat,rag --tokens 8000 --concurrency 16 --requests 200 --json
 """
 _ENGINE_URL = "http://localhost:8000"
@@ -47,6 +48,18 @@ def add_verb(verbs: Verbs) -> None:
     group.add_argument("--engine-url", default="", metavar="URL", help="The same as --url.")
     group.add_argument(
         "--lmcache-url", default="", metavar="URL", help="The LMCache server's HTTP endpoint, for hits by source."
+    )
+    group.add_argument(
+        "--engine-key-file",
+        default="",
+        metavar="FILE",
+        help="File (0600) with the engine's API key. Default: the key in OPENAI_API_KEY, if there is one.",
+    )
+    group.add_argument(
+        "--ca-file",
+        default="",
+        metavar="FILE",
+        help="Certificates (PEM) of the authorities that may have signed an https:// engine's. Default: the system's.",
     )
     group.add_argument(
         "--workloads",
@@ -90,12 +103,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _engine(arguments: argparse.Namespace, token: str) -> int:
     from lmcache.bench import serving
     from lmcache.bench.checklist import lines
+    from lmcache.bench.reaching import context_of, key_of
     from lmcache.bench.workloads import WORKLOADS, Shape
     from lmcache.config.given import nearest
     from lmcache.proxy.upstream import parse_engines
 
     url = arguments.engine_url or (_ENGINE_URL if arguments.url == DEFAULT_URL else arguments.url)
-    (engine, *more), key = parse_engines("--url", url), os.environ.get("OPENAI_API_KEY", "")
+    (engine, *more), key = parse_engines("--url", url, context_of(arguments.ca_file)), key_of(arguments.engine_key_file)
     if more:
         raise ConfigError(f"--url {url}: name one engine")
     known = {one.name: one for one in WORKLOADS}
@@ -108,7 +122,7 @@ def _engine(arguments: argparse.Namespace, token: str) -> int:
     seed = arguments.seed if arguments.seed >= 0 else int.from_bytes(os.urandom(4), "big")
     plan = serving.Plan(
         engine,
-        arguments.model or serving.model_of(url, key),
+        arguments.model,
         [known[name] for name in names],
         Shape(arguments.tokens, arguments.vocabulary, seed),
         arguments.requests,

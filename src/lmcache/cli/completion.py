@@ -117,12 +117,17 @@ def _zsh(words: list[Words]) -> Iterator[str]:
 
 def _fish(words: list[Words]) -> Iterator[str]:
     yield "# Completion of lmcache for fish, made by `lmcache completion fish`."
+    yield "function __lmcache_verb  # whether the line has this verb; with a number, and so many words before the cursor's"
+    yield "    set -l words (commandline -opc)"
+    yield '    test "$words[2]" = $argv[1]; and test (count $argv) -lt 2 -o (count $words) -eq "$argv[2]"'
+    yield "end"
     for one in words:
-        yield f"complete -c lmcache -n __fish_use_subcommand -f -a {one.verb} -d {_quoted(one.summary)}"
+        yield f"complete -c lmcache -n '__lmcache_verb \"\" 1' -f -a {one.verb} -d {_quoted(one.summary)}"
     for one in words:
-        condition = _quoted(f"__fish_seen_subcommand_from {one.verb}")
+        condition = _quoted(f"__lmcache_verb {one.verb}")
         if values := one.choices.get("", []):
-            yield f"complete -c lmcache -n {condition} -f -a {_quoted(' '.join(values))}"
+            first = _quoted(f"__lmcache_verb {one.verb} 2")
+            yield f"complete -c lmcache -n {first} -f -a {_quoted(' '.join(values))}"
         for flag, summary in one.flags.items():
             name = f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}"
             fixed = one.choices.get(flag, [])

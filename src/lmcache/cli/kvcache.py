@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from lmcache.chunks import tenant_of
 from lmcache.cli import clear
 from lmcache.cli.told import Told, lacking
 from lmcache.cli.verbs import Verbs, add, size_text, token_of
@@ -20,7 +21,8 @@ from lmcache.runtime import RUNTIME
 from lmcache.wire.http_client import ask
 
 _TEXT = """
-usage: the chunks and bytes that each model has in L1, the largest first. lookup: how much of a prompt is in L1 and in tiers.
+usage: the chunks and bytes that each model has in L1, the largest first; --by tenant: of each cache_salt, with the tokens that it
+asked for and found (--cache-salt: of this one alone). Salts are shown as ids. lookup: how much of a prompt is in L1 and in tiers.
 pin: keep what L1 has of a prompt, for --seconds. unpin: by the pin's id, or by the prompt. pins: list them. prefetch: load a
 prompt from tiers into L1 (--wait SECONDS waits for it), and pin it with --seconds. delete: remove a prompt from L1, and with
 --tiers from tiers. list: the chunks in L1. clear: the spelling of the public LMCache project for `lmcache clear`.
@@ -30,6 +32,7 @@ A prompt is --tokens 1,2,3 or a file with a JSON list (--tokens @FILE), --text T
 
 examples:
   lmcache kvcache usage
+  lmcache kvcache usage --by tenant
   lmcache kvcache pin --tokens @prompt.json --seconds 86400 --note "system prompt"
   lmcache kvcache pins
   lmcache kvcache unpin 5f0c1e9a2b7d4e63
@@ -65,6 +68,12 @@ def add_verb(verbs: Verbs) -> None:
     )
     parser.add_argument("--note", metavar="TEXT", default="", help="pin: what it is for, for people.")
     parser.add_argument("--wait", metavar="S", default="", help="prefetch: wait for its end so long.")
+    parser.add_argument(
+        "--by",
+        choices=("model", "tenant"),
+        default="model",
+        help="usage: rows of models or of tenants. Default: model.",
+    )
     parser.add_argument("--limit", metavar="N", default="100", help="list: chunks at most. Default: 100.")
     clear.add_to(parser)
 
@@ -97,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _usage(arguments: argparse.Namespace) -> int:
+    if arguments.by == "tenant":
+        return _tenants(arguments)
     status, answer = ask(arguments.url, "/status", token=token_of(arguments))
     if status != 200:
         raise ServerUnavailable(f"{arguments.url}: {answer.get('reason', f'HTTP {status}')}")
@@ -119,6 +130,31 @@ def usage(told: Told) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: -row["bytes"])
 
 
+def _tenants(arguments: argparse.Namespace) -> int:
+    salt = arguments.cache_salt
+    answer = _ask(arguments, "GET", "/cache/usage" + (f"?tenant={tenant_of(salt).hex()}" if salt else ""))
+
+    def lines(told: Told) -> Iterator[str]:
+        rows = told.rows("tenants")
+        if not rows:
+            yield "Nothing is known of this tenant." if salt else "L1 holds nothing, and nobody has asked for anything."
+        for one in rows:
+            yield f"{_of_tenant(one)}  {one.text('tenant') or '(no cache_salt)':16}  {one.text('model')}"
+        if told.given("other") and told.part("other").number("rows"):
+            yield f"{_of_tenant(told.part('other'))}  {told.part('other').text('rows')} others"
+        if told.given("counted_all") and not answer["counted_all"]:
+            yield "L1 has more chunks than could be counted in time."
+
+    return _show(arguments, answer, lines)
+
+
+def _of_tenant(row: Told) -> str:
+    asked, found = row.number("requested_tokens"), row.number("found_tokens")
+    share = f"{100 * found / asked:5.1f} %" if asked else "      –"
+    size = f"{size_text(row.number('bytes')):>12}  {row.number('chunks'):>10,.0f} chunks"
+    return f"{size}  {asked:>14,.0f} tokens asked for  {share} found"
+
+
 def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     if not rows:
         yield "L1 holds nothing."
@@ -139,10 +175,7 @@ def _lookup(arguments: argparse.Namespace) -> int:
 
 
 def _pin(arguments: argparse.Namespace) -> int:
-    content = _prompt(arguments) | {"note": arguments.note}
-    if arguments.seconds:
-        content["seconds"] = _number("--seconds", arguments.seconds)
-    answer = _ask(arguments, "POST", "/cache/pins", content)
+    answer = _ask(arguments, "POST", "/cache/pins", _pinned(arguments, "seconds"))
     return _show(arguments, answer, lambda told: iter([f"pin {told.text('id')}: {_of_pin(told)}"]))
 
 
@@ -172,10 +205,7 @@ def _pins(arguments: argparse.Namespace) -> int:
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
-    content = _prompt(arguments) | {"note": arguments.note}
-    if arguments.seconds:
-        content["pin_seconds"] = _number("--seconds", arguments.seconds)
-    answer = _ask(arguments, "POST", "/cache/prefetches", content)
+    answer = _ask(arguments, "POST", "/cache/prefetches", _pinned(arguments, "pin_seconds"))
     end = RUNTIME.now() + (_number("--wait", arguments.wait) if arguments.wait else 0.0)
     while arguments.wait and answer.get("state") == "loading" and RUNTIME.now() < end:
         RUNTIME.sleep(_POLL_SECONDS)
@@ -256,6 +286,12 @@ def _prompt(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"--tokens {given[name][:80]}: must be numbers with commas, or @FILE with them") from None
     also = {"model": arguments.model, "cache_salt": arguments.cache_salt}
     return content | {name: value for name, value in also.items() if value}
+
+
+def _pinned(arguments: argparse.Namespace, seconds: str) -> dict[str, Any]:
+    """Return the JSON that names the prompt, with a note and for how long it is pinned. seconds: the name of that."""
+    time = {seconds: _number("--seconds", arguments.seconds)} if arguments.seconds else {}
+    return _prompt(arguments) | {"note": arguments.note} | time
 
 
 def _text_of(name: str, value: str) -> str:

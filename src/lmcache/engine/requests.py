@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from lmcache.chunks import HASH_BYTES, TokenChain
+from lmcache.chunks import HASH_BYTES, TokenChain, tenant_of
 from lmcache.chunks.hashing import Extras
 from lmcache.engine.nearest import Nearest
 from lmcache.engine.plans import LoadPlan, StorePlan
@@ -254,7 +254,7 @@ class Requests(Generic[RequestT]):
             request.epoch, request.stored, request.tail = session.epoch, 0, b""
             generation = f"\0reset {self._name} {self._generation}\0" if self._generation else ""
             request.chain = session.new_chain(
-                generation + request.salt, *request.adapter, extras=request.extras, passage=request.passage
+                *(generation + request.salt, *request.adapter, request.extras, request.passage), tenant_of(request.salt)
             )
         return request.chain
 

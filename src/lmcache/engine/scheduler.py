@@ -130,14 +130,15 @@ class SchedulerSession(Session):
         lora_id: str = "",
         extras: Extras | None = None,
         passage: str = "",
+        tenant: bytes = b"",
     ) -> TokenChain | None:
         """Return the chain of one prompt, to be extended with its tokens; None, counted as a miss, until a server was reached.
-        passage: as for `chunk_root`, for the chain of a passage."""
+        passage: as for `chunk_root`, for the chain of a passage. tenant: whose prompt it is, for the server's count."""
         if not self._chunk_tokens:
             self.misses["no server" if self.identified else UNKNOWN] += 1
             return None
         root = chunk_root(self._fingerprint, cache_salt, lora_name, lora_id, passage)
-        return TokenChain(root, self._chunk_tokens, extras)
+        return TokenChain(root, self._chunk_tokens, extras, tenant)
 
     def lookup(
         self,
@@ -234,7 +235,7 @@ class SchedulerSession(Session):
                 *(self._space, hashes, first if loads else len(hashes) // HASH_BYTES, prefill_rate, name, self._others),
                 *(any_split, m.request_name(engine), halts, again, loads),
                 *(len(known) // HASH_BYTES if tail and not stores_tail else -1, tokens, b"" if passage else chain.text),
-                *(trace, passage),
+                *(trace, passage, chain.tenant),
             )
             found, _ = self._connection.call(request, m.Found)
         except LMCacheError as error:

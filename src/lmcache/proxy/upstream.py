@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from urllib.parse import urlsplit
 
 import anyio
 import h11
-from anyio.abc import SocketStream
+from anyio.abc import ByteStream
 
+from lmcache.config.hosts import in_url
 from lmcache.errors import ConfigError
 
 CONNECT_SECONDS = 5.0
@@ -23,7 +25,8 @@ FAILURES = OSError, TimeoutError, h11.RemoteProtocolError, anyio.BrokenResourceE
 
 @dataclass(eq=False)
 class Engine:
-    """An engine's HTTP endpoint. running: calls that have not ended. used: number of calls. failed: when a call failed last."""
+    """An engine's HTTP endpoint. running: calls that have not ended. used: number of calls. failed: when a call failed last. tls:
+    how to speak TLS with it; None for HTTP."""
 
     host: str
     port: int
@@ -31,27 +34,38 @@ class Engine:
     running: int = 0
     used: int = 0
     failed: float = float("-inf")
+    tls: ssl.SSLContext | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{in_url(self.host)}:{self.port}"
 
     def __str__(self) -> str:
-        return f"http://{self.host}:{self.port}{self.path}"
+        return f"{'https' if self.tls else 'http'}://{self.address}{self.path}"
 
 
-def parse_engines(flag: str, text: str) -> list[Engine]:
-    """Parse URLs with commas between them.
+def parse_engines(flag: str, text: str, tls: ssl.SSLContext | None = None) -> list[Engine]:
+    """Parse URLs with commas between them. tls: for `https://`; None: such URLs are no engines'.
 
     Raises:
         ConfigError: one of them is no URL of an HTTP endpoint.
     """
-    engines = []
+    engines, schemes = list[Engine](), ("http", "https") if tls else ("http",)
     for url in filter(None, (one.strip() for one in text.split(","))):
         parts = urlsplit(url)
         try:
-            if parts.scheme != "http" or not parts.hostname or parts.username or parts.query or parts.port == 0:
+            if parts.scheme not in schemes or not parts.hostname or parts.username or parts.query or parts.port == 0:
                 raise ValueError
             h11.Request(method="GET", target=parts.path or "/", headers=[("Host", parts.hostname)])
-            engines.append(Engine(parts.hostname, parts.port or 80, parts.path.rstrip("/")))
+            used = tls if parts.scheme == "https" else None
+            engines.append(
+                Engine(parts.hostname, parts.port or (443 if used else 80), parts.path.rstrip("/"), tls=used)
+            )
         except (ValueError, h11.LocalProtocolError):
-            raise ConfigError(f"{flag} {url}: must be like http://127.0.0.1:8100, without a path such as /v1") from None
+            shown = f"{parts.scheme}://***@{parts.netloc.rpartition('@')[2]}" if "@" in parts.netloc else url
+            raise ConfigError(
+                f"{flag} {shown}: must be like http://127.0.0.1:8100, without a path such as /v1"
+            ) from None
     if not engines:
         raise ConfigError(f"{flag} {text!r}: name at least one engine, such as http://127.0.0.1:8100")
     return engines
@@ -65,7 +79,7 @@ def in_turn(engines: Sequence[Engine], now: float) -> list[Engine]:
 class Answer:
     """An engine's answer, of which status and headers have arrived."""
 
-    def __init__(self, stream: SocketStream, protocol: h11.Connection, seconds: float) -> None:
+    def __init__(self, stream: ByteStream, protocol: h11.Connection, seconds: float) -> None:
         self._stream, self._protocol, self._seconds = stream, protocol, seconds
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -94,6 +108,21 @@ class Answer:
             yield bytes(event.data)
 
 
+async def _connected(engine: Engine) -> ByteStream:
+    if engine.tls is None:
+        return await anyio.connect_tcp(engine.host, engine.port)
+    try:
+        return await anyio.connect_tcp(
+            engine.host,
+            engine.port,
+            ssl_context=engine.tls,
+            tls_hostname=engine.host,
+            tls_standard_compatible=False,  # many servers end a connection without saying so; lengths tell what is missing
+        )
+    except anyio.EndOfStream:
+        raise ConnectionError("the connection was closed during the TLS handshake") from None
+
+
 @asynccontextmanager
 async def call(
     engine: Engine, method: str, path: str, headers: dict[str, str], body: bytes, seconds: float
@@ -104,13 +133,13 @@ async def call(
     try:
         try:
             with anyio.fail_after(CONNECT_SECONDS):
-                stream = await anyio.connect_tcp(engine.host, engine.port)
+                stream = await _connected(engine)
         except TimeoutError:  # not `seconds`, for which an engine may work
             raise ConnectionError(f"no connection within {CONNECT_SECONDS:g} s") from None
         async with stream:
             protocol = h11.Connection(h11.CLIENT)
             sent = {
-                "Host": f"{engine.host}:{engine.port}",
+                "Host": engine.address,
                 "Connection": "close",
                 **headers,
                 "Content-Length": str(len(body)),

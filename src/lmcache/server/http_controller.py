@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 
 import anyio
@@ -12,11 +12,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lmcache.server.controller import NO_COMPRESSION, Asked, Controller
-from lmcache.server.http_operating import answer, answered, body_of, decoded
+from lmcache.server.http_answers import answer
+from lmcache.server.http_guards import Endpoint
+from lmcache.server.http_operating import answered, body_of, decoded
 
 SECONDS = 20.0
 _MOST_AT_ONCE = 4
-Endpoint = Callable[[Request], Awaitable[Response]]
 Verb = Callable[[Controller, Asked], dict[str, object]]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import anyio
@@ -14,12 +14,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lmcache.cache import Refusal
+from lmcache.chunks import TENANT_BYTES
 from lmcache.errors import ConfigError, ServerRefused, ServerUnavailable
+from lmcache.server.http_answers import answer
+from lmcache.server.http_guards import Endpoint
 from lmcache.server.named import MOST_BODY_BYTES, Prompt, Unknown
 from lmcache.server.operating import LISTED, Looked, Operating, ToDelete, ToPin, ToPrefetch
 
 T = TypeVar("T", bound=msgspec.Struct)
-Endpoint = Callable[[Request], Awaitable[Response]]
 SECONDS = 15.0
 """Timeout of these routes, which covers the answers of a tokenizer and of tiers."""
 _MOST_AT_ONCE = 4
@@ -38,6 +40,7 @@ class OperatingRoutes:
         routes: tuple[tuple[str, str, Endpoint], ...] = (
             ("POST", "/cache/lookup", self.lookup),
             ("GET", "/cache/models", self.models),
+            ("GET", "/cache/usage", self.usage),
             ("GET", "/cache/objects", self.objects),
             ("DELETE", "/cache/objects", self.delete),
             ("POST", "/cache/delete", self.delete),
@@ -63,6 +66,16 @@ class OperatingRoutes:
     async def models(self, request: Request) -> Response:
         """Answer the models that the other routes can name."""
         return await self._call(lambda: self._operating().models())
+
+    async def usage(self, request: Request) -> Response:
+        """Answer what each tenant of each model has in L1, and what its lookups asked for and found since the server's start: of
+        the 20 that use most, and of all others together. A tenant is an id of the `cache_salt`, never the salt itself;
+        `?tenant=` answers this one alone."""
+
+        def tenants() -> dict[str, object]:
+            return self._operating().usage(_tenant_asked(request.query_params))
+
+        return await self._call(tenants)
 
     async def objects(self, request: Request) -> Response:
         """Answer chunks of L1, a page at a time: `?model=`, `limit=`, and `space=` and `after=` with the `next` of the page
@@ -172,9 +185,18 @@ async def body_of(request: Request) -> bytes | None:
     return b"".join(parts)
 
 
-def answer(content: Mapping[str, Any], status: int) -> Response:
-    body = json.dumps(content, ensure_ascii=False, separators=(", ", ": "))
-    return Response(body + "\n", status, media_type="application/json")
+def _tenant_asked(given: Mapping[str, str]) -> bytes | None:
+    """Return the tenant that a query names; None for all.
+
+    Raises:
+        ConfigError: an unknown name, or a value that is no tenant.
+    """
+    text = given.get("tenant")
+    if given.keys() - {"tenant"}:
+        raise ConfigError("there is tenant=, with an id of the list")
+    if text is None or re.fullmatch(f"([0-9a-f]{{{2 * TENANT_BYTES}}})?", text):
+        return None if text is None else bytes.fromhex(text)
+    raise ConfigError(f"tenant={text[:40]}: must be an id of the list, of {2 * TENANT_BYTES} hexadecimal digits")
 
 
 def _page_asked(given: Mapping[str, str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from lmcache.server.prefetching import Prefetches
 from lmcache.server.service import Service
 from lmcache.server.tier_contents import complete_chunks, most_asked, shard_keys
 from lmcache.server.tier_runner import TierRunner
+from lmcache.server.usage import usage
 from lmcache.tiers import ShardKey
 
 logger = init_logger(__name__)
@@ -166,6 +167,10 @@ class Operating:
         if not named and space < 0 and model:
             raise Unknown(f"{model[:200]}: L1 has nothing of this model")
         return {"objects": rows, "next": None}
+
+    def usage(self, tenant: bytes | None = None) -> dict[str, object]:
+        """Return the use of L1 by tenant; of one tenant alone if it is given, whatever its rank."""
+        return usage(self._loop, self._service, tenant)
 
     # Pins
 

@@ -1,7 +1,8 @@
 """The status page for people: one file without a build step, which loads nothing from elsewhere.
 
-It is the same for everybody and contains no state of the server. Its script asks for /healthcheck, /status, /requests and
-/history, and the browser runs no other script, because the policy names the hash of this one.
+It is the same for everybody and contains no state of the server. Its script asks for /overview, which is made once a second at
+most, however many look, and for /healthcheck where it may not read that. The browser runs no other script, because the policy
+names the hash of this one.
 """
 
 from __future__ import annotations

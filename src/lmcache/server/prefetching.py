@@ -8,11 +8,12 @@ runs in the loop's thread.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lmcache.cache import L1, SERVER, Event, Refusal
 from lmcache.cache.promises import Asker
+from lmcache.cache.waits import FetchRecord
 from lmcache.chunks import HASH_BYTES
 from lmcache.observability.log import init_logger
 from lmcache.server.loop import Loop
@@ -34,6 +35,10 @@ _NO_ROOM = (
     "L1 has no room for the rest: all it holds is pinned (GET /cache/pins) or in use by engines; "
     "end pins, or raise --l1-size-gb"
 )
+_UNDELIVERED = "failed", "late", "patience"
+"""How a fetch ends whose tier has said that it has the chunks."""
+_READABLE = "serving", "serves in part", "stores fail"
+"""The states of tiers that say nothing against loads."""
 LOADING, DONE, PARTIAL, ABSENT, CANCELLED, FAILED = "loading", "done", "partial", "absent", "cancelled", "failed"
 
 
@@ -196,17 +201,38 @@ class Prefetches:
             one.tries, one.retry_at = one.tries + 1, now + _RETRY_SECONDS
         elif self._had_no_room(one):
             self._finish(one, PARTIAL if found else FAILED, _NO_ROOM)
+        elif troubles := "; ".join(self._troubles(one)):
+            reason = f"tiers that may have the rest have not delivered it: {troubles}; GET /fetches says what each did"
+            self._finish(one, PARTIAL if found else FAILED, reason)
         else:
             self._finish(
                 one, PARTIAL if found else ABSENT, "no tier has delivered the rest; GET /fetches says what each did"
             )
 
-    def _had_no_room(self, one: Prefetch) -> bool:
-        """Return whether L1 refused what a tier had for the last slice. The few records of fetches that are kept say so."""
+    def _last_fetch(self, one: Prefetch) -> FetchRecord | None:
+        """Return the record of the fetch of the last slice. Only so many records are kept."""
         assert self._tiering is not None
         of_it = (record for record in reversed(self._tiering.fetches.records) if one.request in record.requests)
-        last = next(of_it, None)
+        return next(of_it, None)
+
+    def _had_no_room(self, one: Prefetch) -> bool:
+        """Return whether L1 refused what a tier had for the last slice."""
+        last = self._last_fetch(one)
         return last is not None and bool(last.events["refused:no room"])
+
+    def _troubles(self, one: Prefetch) -> Iterator[str]:
+        """Yield what is wrong with each tier that has not said what it has of the last slice, or has not delivered it."""
+        assert self._tiering is not None
+        now, last = self._loop.now(), self._last_fetch(one)
+        for runner in self._tiering.runners:
+            why = last.left_out.get(runner.number, "") if last is not None else ""
+            if last is not None and runner.number in last.planned and last.outcome in _UNDELIVERED:
+                why = f"its load ended as: {last.outcome}"
+            if not why and runner.usable(now):
+                continue
+            state, reason = runner.state(now)
+            known = ": ".join(filter(None, (state, reason))) if state not in _READABLE else ""
+            yield f"{runner.name} ({known or runner.why_silent(now) or why or runner.why_not_usable()})"
 
     def _finish(self, one: Prefetch, state: str, reason: str = "") -> None:
         assert self._tiering is not None

@@ -17,7 +17,7 @@ from lmcache.errors import ConfigError
 from lmcache.observability.log import init_logger
 from lmcache.server.aside import Aside, chunk_sizes
 from lmcache.server.loop import Loop
-from lmcache.sizing.trace import Cleared, Lookup, Lost, Opened, Record, Stored, header, line_of, runs_of
+from lmcache.sizing.trace import Cleared, Lookup, Lost, Opened, Record, Replied, Stored, header, line_of, runs_of
 
 logger = init_logger(__name__)
 _MOST_SPACES = 1024
@@ -64,7 +64,7 @@ class Recording:
         self._aside = Aside(loop.runtime, "lmcache-record", self._write, self._flush, self._end)
         self.close = self._aside.close
         l1.events.listen(["stored"], self._heard)
-        l1.events.listen(["answered"], self._heard, named=False)
+        l1.events.listen(["answered", "replied"], self._heard, named=False)
         l1.events.listen(["cleared"], self._aside.put, named=False)
         loop.on_tick.append(self._note_spaces)
         logger.warning("Recording the hashes of all prompts in %s (no tokens); SECURITY.md says what they tell", path)
@@ -123,7 +123,7 @@ class Recording:
 
     def _append(self, record: Record) -> None:
         line = line_of(record)
-        if isinstance(record, Lookup | Stored):
+        if isinstance(record, Lookup | Stored | Replied):
             opened = self._spaces.get(record.space)
             if opened is not None and self._told.get(record.space) != opened:
                 line = line_of(opened) + line
@@ -152,5 +152,7 @@ def _records_of(time: float, event: Event) -> Iterator[Record]:
     elif event.kind == "stored":
         for parent, hashes in runs_of(event.hashes, event.parents):
             yield Stored(time, event.space, parent, hashes)
+    elif event.kind == "replied":
+        yield Replied(time, event.space, event.hashes, event.tokens)
     else:
         yield Lookup(time, event.space, event.hashes, 0, event.found)

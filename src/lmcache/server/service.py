@@ -18,6 +18,7 @@ from lmcache.cache.accounts import MOST_TOKENS, Accounts
 from lmcache.cache.heart import MAX_SHARDS
 from lmcache.cache.lifetimes import Lifetimes
 from lmcache.cache.promises import Asker
+from lmcache.cache.tenants import Tenants
 from lmcache.chunks import Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
@@ -75,6 +76,8 @@ class Service:
             *(l1.events, chunk_tokens, loop.now, loop.runtime.wall, records_bytes, tiers),
             *(self.sessions.describe, l1.indexed),
         )
+        self.tenants = Tenants()
+        self.accounts.on_account.append(self.tenants.accounted)
         self.lifetimes = Lifetimes(l1.events, loop.now) if records_bytes else None
         self.sessions.on_gone.append(self.accounts.forget)
         self._untold: tuple[Peer, m.Lookup, str, bytes, int] | None = None
@@ -221,7 +224,7 @@ class Service:
             logger.info("Registered KV cache for GPU ID %d with %d layers (%s)", peer.pid, layout.num_layers, peer.who)
         if request.follows:
             self.followers.follow(peer.process, space)
-        return m.Registered(space, request.follows, True, self.eviction.learns)
+        return m.Registered(space, request.follows, True, self.eviction.learns or self.recording is not None)
 
     def _lookup(self, peer: Peer, request: m.Lookup) -> m.Message:
         hashes = request.hashes
@@ -291,7 +294,7 @@ class Service:
             -1,
             (),
         )
-        told = *which, chunks, max(0, request.first_wanted), request.tokens, request.text, None
+        told = *which, chunks, max(0, request.first_wanted), request.tokens, request.text, None, request.tenant
         self.l1.events.tell(Event._make(told))  # faster than a call of the class
 
     def _answerable(self, peer: Peer, request: m.Lookup, spaces: list[int], first: int) -> bytes:
@@ -327,7 +330,9 @@ class Service:
         if request.answered is not None:
             space, last, tokens = request.answered
             self.l1.answered(self._now(), peer.process, space, last, tokens)
-            self.eviction.answers += 1
+            self.eviction.answers += self.eviction.learns
+            if self.recording is not None:
+                self.l1.events.tell(Event("replied", space, 0, process=peer.process, hashes=last, tokens=tokens))
         for name in request.requests:
             self.l1.promises.end(peer.instance, name)
             self.accounts.forget(peer.process, name)

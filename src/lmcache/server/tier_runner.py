@@ -210,6 +210,11 @@ class TierRunner:
         """Return why lookups may not ask the tier, in short."""
         return PAUSED if self.paused else "not serving"
 
+    def why_silent(self, now: float) -> str:
+        """Describe the oldest call of a lookup if the tier has stalled, so that lookups do not ask it; "" otherwise."""
+        method, since = self._oldest(_READS, now)
+        return f"stalled: {method} has not returned for {now - since:.0f} s" if now - since > _STALLED_SECONDS else ""
+
     def may_store(self, now: float) -> bool:
         """Return whether queued chunks may be written now."""
         return not self.paused and self.breaker.closed and (self.stores.closed or self.stores.due(now))

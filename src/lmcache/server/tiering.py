@@ -92,9 +92,21 @@ class Tiering:
         """Called when a tier is being emptied or removed."""
         self.on_join: list[Callable[[TierRunner], None]] = []
         """Called when a tier has joined."""
+        self._letting_go = False
+        l1.on_unfinished = self._let_go_soon
         loop.on_tick.append(self._tick)
         for spec in specs:
             self.join(self.runner_of(spec))
+
+    def _let_go_soon(self) -> None:
+        """Let L1 go on in the next turn of the loop with what has been read and is not kept, and not twice in a turn."""
+        if not self._letting_go:
+            self._letting_go = True
+            self._loop.call_soon(self._let_go)
+
+    def _let_go(self) -> None:
+        self._letting_go = False
+        self._l1.let_go()
 
     def attach(self, region: Region) -> None:
         """Attach all tiers to the memory that their operations will use. Call this before `open`."""

@@ -20,11 +20,12 @@ import msgspec
 
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
-from lmcache.sizing.trace import FORMAT, Cleared, Lookup, Lost, Opened, Record, Stored, restored
+from lmcache.sizing.trace import FORMAT, Cleared, Lookup, Lost, Opened, Record, Replied, Stored, restored
 
 BLOCK_TOKENS = 512
 """Of Mooncake's traces."""
 _LONGEST_LINE = 64 << 20
+_MOST_ANSWER_TOKENS = 1 << 31
 T = TypeVar("T")
 Parse = Callable[[bytes], "Record | None"]
 
@@ -55,10 +56,13 @@ class _Own(msgspec.Struct):
     t: float = 0.0
     lookup: int = -1
     stored: int = -1
+    replied: int = -1
     space: int = -1
     found: int = 0
     hashes: str = ""
     parent: str = ""
+    last: str = ""
+    tokens: int = 0
     model: str = ""
     chunk_bytes: int = 0
     cleared: bool = False
@@ -137,7 +141,7 @@ class Trace:
                 f"{tokens} tokens in blocks of {size} are {-(-tokens // size)} blocks, not {count}: pass --block-tokens "
                 + (f"{better}" if better else "with the size of the trace's blocks")
             )
-        answer = min(max(found.output_length, 0), 1 << 31)
+        answer = min(max(found.output_length, 0), _MOST_ANSWER_TOKENS)
         return Lookup(found.timestamp / 1e3, 0, _joined(found.hash_ids), tokens, answer=answer)
 
     def _logged(self, line: bytes) -> Record:
@@ -186,6 +190,11 @@ class Trace:
             return Lookup(found.t, found.lookup, hashes, len(hashes) // HASH_BYTES * self.block_tokens, found.found)
         if found.stored >= 0:
             return Stored(found.t, found.stored, restored(found.parent), restored(found.hashes))
+        if found.replied >= 0:
+            last = restored(found.last)
+            if len(last) != HASH_BYTES or not 0 <= found.tokens <= _MOST_ANSWER_TOKENS:
+                raise ValueError("an answer has one hash, and a number of tokens: remove the line")
+            return Replied(found.t, found.replied, last, found.tokens)
         if found.cleared:
             return Cleared(found.t)
         return Lost(found.lost)

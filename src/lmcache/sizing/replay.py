@@ -17,7 +17,7 @@ from lmcache.cache.table import Habits, Table
 from lmcache.chunks import HASH_BYTES
 from lmcache.errors import ConfigError
 from lmcache.memory.slabs import SECTOR_BYTES
-from lmcache.sizing.trace import Cleared, Lookup, Lost, Opened, Record, Stored
+from lmcache.sizing.trace import Cleared, Lookup, Lost, Opened, Record, Replied, Stored
 
 DEFAULT = "LRU"
 """The policy of `lmcache server`, which `default` stands for."""
@@ -34,7 +34,7 @@ POLICIES: dict[str, Callable[[Callable[[], float]], Callable[[int], Table]]] = {
 }
 """Name -> from the trace's clock to what makes the table of a space."""
 FIRST_TOKEN_SECONDS, TOKEN_SECONDS = 0.5, 0.03
-"""When an answer ends, which no trace tells: so long after its request, and so much for each token."""
+"""When an answer ends, which traces of others do not tell: so long after its request, and so much for each token."""
 _PROCESS = 1
 _BLOCK_BYTES = SECTOR_BYTES
 """Of a block where memory is counted in blocks."""
@@ -111,6 +111,9 @@ class Simulation:
             self._time = record.time
             space, _ = self._space(record.space)
             self._store(space, record.parent, record.hashes)
+        elif isinstance(record, Replied):
+            self._time = record.time
+            self.heart.answered(record.time, _PROCESS, self._space(record.space)[0], record.last, record.tokens)
         elif isinstance(record, Opened):
             self._open(record)
         elif isinstance(record, Cleared):
@@ -203,16 +206,21 @@ class Summary:
     recorded_hit_blocks: int = 0
     """Of lookups for which the recorded server has noted what it had."""
     lost_events: int = 0
+    answers: int = 0
+    """Requests of which the trace tells how long their answers were."""
 
     def note(self, record: Record) -> None:
         if isinstance(record, Lookup):
             if not self.requests:
                 self.first_time = record.time
             self.requests += 1
+            self.answers += record.answer > 0
             self.last_time = record.time
             if record.found >= 0:
                 self.recorded_blocks += len(record.hashes) // HASH_BYTES
                 self.recorded_hit_blocks += record.found
+        elif isinstance(record, Replied):
+            self.answers += 1
         elif isinstance(record, Lost):
             self.lost_events += record.events
 
@@ -221,6 +229,7 @@ class Summary:
             "requests": self.requests,
             "seconds": round(self.last_time - self.first_time, 3),
             "lost_events": self.lost_events,
+            "answers": self.answers,
         }
         if self.recorded_blocks:
             told["recorded_block_hit_ratio"] = _ratio(self.recorded_hit_blocks, self.recorded_blocks)

@@ -7,6 +7,7 @@ hash, as hexadecimal text, joined. A trace holds no token, and whoever wants to 
     {"space": S, "model": M, "chunk_bytes": N}          before the first event of a space, and again when a size has changed
     {"t": T, "lookup": S, "found": N, "hashes": H}      a request asked for these chunks; the server had the first N
     {"t": T, "stored": S, "parent": H, "hashes": H}     consecutive chunks are complete now; "parent": "" at a prompt's start
+    {"t": T, "replied": S, "last": H, "tokens": N}      the prompt that ends with this chunk was answered with N tokens
     {"t": T, "cleared": true}                           L1 was cleared
     {"t": T, "lost": N}                                 so many events before this line are missing
 """
@@ -58,6 +59,15 @@ class Stored(NamedTuple):
     hashes: bytes
 
 
+class Replied(NamedTuple):
+    """A prompt, whose last chunk is `last`, has been answered with so many tokens."""
+
+    time: float
+    space: int
+    last: bytes
+    tokens: int
+
+
 class Cleared(NamedTuple):
     """L1 was cleared."""
 
@@ -70,7 +80,7 @@ class Lost(NamedTuple):
     events: int
 
 
-Record = Opened | Lookup | Stored | Cleared | Lost
+Record = Opened | Lookup | Stored | Replied | Cleared | Lost
 
 
 def shortened(hashes: bytes) -> str:
@@ -104,6 +114,9 @@ def line_of(record: Record) -> str:
     if isinstance(record, Stored):
         parent = shortened(record.parent)
         return _line(t=round(record.time, 6), stored=record.space, parent=parent, hashes=shortened(record.hashes))
+    if isinstance(record, Replied):
+        last = shortened(record.last)
+        return _line(t=round(record.time, 6), replied=record.space, last=last, tokens=record.tokens)
     if isinstance(record, Opened):
         return _line(space=record.space, model=record.model, chunk_bytes=record.chunk_bytes)
     if isinstance(record, Cleared):

@@ -141,6 +141,8 @@ class Lookup(Message, frozen=True, tag=4):
     passage: bool = False
     """Whether the chunks are those of a passage of a prompt. The prompt's own lookup accounts for its tokens, so this one counts
     as neither a hit nor a miss."""
+    tenant: Annotated[bytes, msgspec.Meta(max_length=8)] = b""
+    """Whose prompt it is: an id of its `cache_salt` (`chunks.tenant_of`), for the count of use by tenant. b"" without a salt."""
 
 
 _Hash = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -334,7 +336,8 @@ class Registered(Message, frozen=True, tag=67):
     positions: bool = False
     """Whether the server takes `Differs`."""
     answers: bool = False
-    """Whether the server wants to know how long answers are (`Release.answered`), since its eviction learns from that."""
+    """Whether the server wants to know how long answers are (`Release.answered`): its eviction learns from that, or it records
+    a trace."""
 
 
 class Foreign(msgspec.Struct, frozen=True, array_like=True):
