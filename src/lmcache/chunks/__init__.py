@@ -3,11 +3,11 @@
 May import: `lmcache.errors` and nothing else of this package.
 """
 
+from lmcache.chunks.forms import SCALE_BYTES
 from lmcache.chunks.hashing import HASH_BYTES, TokenChain, chunk_hash, chunk_root, split_hashes
 from lmcache.chunks.layout import (
     LOSSY_KV,
     PER_TOKEN_HEAD,
-    SCALE_BYTES,
     Group,
     Layout,
     Shard,
