@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lmcache.chunks import Layout
 from lmcache.chunks.forms import KINDS, Form
+from lmcache.engine.groups import refuse_unrounded
 from lmcache.errors import LayoutError, Unroundable
 from lmcache.transfer.copier import make_copiers
 from lmcache.transfer.cpu import CpuCopier
@@ -183,6 +184,10 @@ def test_layouts_say_what_extents_hold() -> None:
     rounded = replaced(exact, codec=2)
     assert exact.head_bytes == (256, 256) and rounded.head_bytes == (132, 132)
     assert exact.fingerprint != rounded.fingerprint and rounded.l1_codec == "int8" and rounded.stored_dtype == "uint8"
+    fewer = replaced(exact, codec=3)
+    assert (
+        fewer.head_bytes == (132, 80) and fewer.l1_codec == "k8v4" and not replaced(fewer, head_size=80).rounded_in_l1
+    )
     for change in ({"kind": "mla"}, {"kind": "state"}, {"kv_dtype": "fp8_e4m3"}, {"kv_scales": "x"}, {"head_size": 4}):
         kept = replaced(rounded, **change)
         assert not kept.rounded_in_l1 and kept.stored_dtype == kept.kv_dtype, change
@@ -191,6 +196,19 @@ def test_layouts_say_what_extents_hold() -> None:
 
 def replaced(layout: Layout, **changes: object) -> Layout:
     return msgspec.structs.replace(layout, **changes)
+
+
+def test_engines_none_of_whose_kv_can_be_rounded_are_refused_by_name() -> None:
+    exact = Layout("m", "bfloat16", 4, 8, 128, 256)
+    rounded, latents = replaced(exact, codec=2), replaced(exact, codec=2, kind="mla")
+    refuse_unrounded([replaced(exact, kind="state")])
+    refuse_unrounded([replaced(rounded, kind="state"), rounded])
+    for layout, told in (
+        (latents, "int8-l1 cannot.*mla in bfloat16"),
+        (replaced(exact, codec=3, head_size=80), "80 values a head"),
+    ):
+        with pytest.raises(LayoutError, match=f"{told}.*set lossy_kv to none"):
+            refuse_unrounded([layout])
 
 
 def test_gpus_and_other_heads_are_refused_by_name() -> None:

@@ -1,4 +1,4 @@
-"""Engines that round their KV (`lossy_kv=int8-l1`) at real servers: who finds what, in how many bytes, and what comes back."""
+"""Engines that round their KV (`int8-l1`, `k8v4-l1`) at real servers: who finds what, in how many bytes, and what comes back."""
 
 from __future__ import annotations
 
@@ -11,34 +11,39 @@ import pytest
 
 from engine_process import Engine
 from lmcache.chunks import Split
+from lmcache.chunks.forms import Form
 from lmcache.engine.identity import named
-from rounding import BFLOAT16, rounded
+from rounding import BFLOAT16, extent_rows, from_extent
 from servers import Server, eventually
 from test_l2 import PATIENT, TOKENS, tiers_of, written
 from test_splits import Ranks
 
 Engines = Callable[..., Engine]
 Servers = Callable[..., Server]
-ROUNDING = named("model").accepting("int8-l1")
+ROUNDING, K8V4 = (named("model").accepting(name) for name in ("int8-l1", "k8v4-l1"))
 SHAPE: dict[str, Any] = {"layers": 4, "dims": 64}
 
 
-def expecting(one: Engine, row: int = 64) -> Engine:
+def expecting(one: Engine, of_values: Form = Form.INT8) -> Engine:
     """Let the engine's comparisons expect rounded KV. It fills its blocks with that, too: rounded again, it stays so."""
     exact = one.kv_of
 
     def of(ids: Sequence[int]) -> Any:
-        kv = exact(ids)
-        return np.frombuffer(rounded(kv.tobytes(), row, BFLOAT16), np.uint16).reshape(kv.shape)
+        kv = exact(ids).copy()
+        for plane, form in ((0, Form.INT8), (1, of_values)):
+            raw = kv[:, plane].tobytes()
+            back = from_extent(extent_rows(raw, 64, BFLOAT16, form), 64, BFLOAT16, form)
+            kv[:, plane] = np.frombuffer(back, np.uint16).reshape(kv[:, plane].shape)
+        return kv
 
     one.kv_of = of  # type: ignore[method-assign]
     return one
 
 
-def computed(one: Engine) -> Engine:
+def computed(one: Engine, of_values: Form = Form.INT8) -> Engine:
     """Let the engine fill its blocks with exact KV, as a forward does, and expect what int8 brings back."""
     exact = one.kv_of
-    expecting(one)
+    expecting(one, of_values)
     fresh = one.fill
 
     def fill(ids: Sequence[int]) -> None:
@@ -84,6 +89,25 @@ def test_twice_the_tokens_fit(server: Servers, engine: Engines) -> None:
     assert kept[0] < 70 and kept[1] > 1.75 * kept[0], kept
 
 
+def test_engines_of_each_kind_share_a_server_and_no_chunk(server: Servers, engine: Engines) -> None:
+    """All of them store the same prompt, and each finds its own."""
+    cache = server()
+    tiers_may = engine(cache, "tiers may", model=named("model").accepting("int8"), **SHAPE)
+    engines = [engine(cache, "exact", **SHAPE), tiers_may]
+    engines += [computed(engine(cache, "int8", model=ROUNDING, **SHAPE))]
+    engines += [computed(engine(cache, "k8v4", model=K8V4, **SHAPE), Form.INT4)]
+    for number, one in enumerate(engines):
+        assert [other.hit_tokens(TOKENS) for other in engines] == [len(TOKENS)] * number + [0] * (4 - number)
+        assert one.store(TOKENS) == len(TOKENS)
+    assert [one.load(TOKENS) for one in engines] == [len(TOKENS)] * 4
+    told = [one["layout"] for one in cache.status()["engines"] if one["role"] == "worker"]
+    assert {one["l1_codec"]: one["token_bytes"] for one in told} == {
+        "none": 2048,
+        "int8": 4 * 2 * 136,
+        "k8v4": 4 * 2 * 108,
+    }
+
+
 @pytest.mark.parametrize("scheme", ["disk", "dir"])
 def test_tiers_keep_what_l1_holds_and_a_new_server_finds_it(
     server: Servers, engine: Engines, folders: Callable[[str], Path], scheme: str
@@ -103,16 +127,26 @@ def test_tiers_keep_what_l1_holds_and_a_new_server_finds_it(
     assert exact.hit_tokens(TOKENS) == other.hit_tokens(TOKENS) == 0
 
 
-@pytest.mark.parametrize(("one", "other"), [(1, 2), (4, 2)])
-def test_each_split_reads_what_another_has_stored(server: Servers, one: int, other: int) -> None:
+@pytest.mark.parametrize(
+    ("one", "other", "model", "form"),
+    [
+        (Split((), 1), Split((), 2), ROUNDING, Form.INT8),
+        (Split((), 4), Split((), 2), ROUNDING, Form.INT8),
+        (Split((2, 6), 4), Split((3, 6), 2), K8V4, Form.INT4),
+    ],
+    ids=str,
+)
+def test_each_split_reads_what_another_has_stored(
+    server: Servers, one: Split, other: Split, model: Any, form: Form
+) -> None:
     cache = server(chunk=16)
     ids = list(range(200))
-    first = Ranks(cache, "first", Split((), one), model=ROUNDING, dims=64)
-    second = Ranks(cache, "second", Split((), other), model=ROUNDING, dims=64)
+    first = Ranks(cache, "first", one, model=model, dims=64)
+    second = Ranks(cache, "second", other, model=model, dims=64)
     try:
         first.store(ids)
         for rank in second.ranks:
-            expecting(rank)
+            expecting(rank, form)
         assert second.load(ids) == 192 and second.load(ids, 37, 101) == 192
     finally:
         first.close()

@@ -19,10 +19,14 @@ from lmcache.chunks.forms import KINDS, Form
 from lmcache.errors import LayoutError
 
 EXTENT_ORDER_VERSION = 1
-LOSSY_KV = {"none": 0, "int8": 1, "int8-l1": 2}
+LOSSY_KV = {"none": 0, "int8": 1, "int8-l1": 2, "k8v4-l1": 3}
 """Names of what an engine accepts -> `Layout.codec`. none: exact KV. int8: KV that the codec of that name may have rounded in a
-tier. int8-l1: KV that the engine itself rounds, so that L1 and all behind it hold it in 8 bits."""
-_IN_L1 = {LOSSY_KV["int8-l1"]: ("int8", (Form.INT8, Form.INT8))}
+tier. int8-l1: KV that the engine itself rounds, so that L1 and all behind it hold it in 8 bits. k8v4-l1:
+the same with V in 4 bits."""
+_IN_L1 = {
+    LOSSY_KV["int8-l1"]: ("int8", (Form.INT8, Form.INT8)),
+    LOSSY_KV["k8v4-l1"]: ("k8v4", (Form.INT8, Form.INT4)),
+}
 """Numbers of `LOSSY_KV` whose KV is rounded in L1 -> the name of that, and the forms of K and V in extents."""
 FINGERPRINT_BYTES = 16
 MAX_NAME_CHARACTERS = 4096

@@ -166,7 +166,8 @@ def refuse_unrounded(layouts: Sequence[Layout]) -> None:
         kinds = sorted({f"{one.kind} in {one.kv_dtype}, {one.head_size} values a head" for one in layouts})
         raise LayoutError(
             f"lossy_kv={layouts[0].lossy_kv} cannot be served: only K and V in bfloat16, float16 or float32 that the engine has "
-            f"not quantized can be rounded, and this KV is {'; '.join(kinds)}: set lossy_kv to none"
+            "not quantized can be rounded, and V to 4 bits only in heads of a multiple of 32 values. This KV is "
+            f"{'; '.join(kinds)}: set lossy_kv to none"
         )
 
 
