@@ -1,12 +1,13 @@
 """How fast KV moves between paged memory and slots on this machine, beside what its memory can do at all.
 
-    python benchmarks/kv_copy.py [--seconds 0.5] [--threads 1 2] [--only big small ...] [--splits]
+    python benchmarks/kv_copy.py [--seconds 0.5] [--threads 1 2] [--only big small ...] [--splits | --rounded]
 
 Every row copies 8 chunks a call between anonymous memory and a mapping of /dev/shm whose pages were touched, both far
 larger than the caches. GB/s counts the bytes of KV once (1 GB = 1e9 bytes). `memcpy` and `contiguous` are the limits: the C
 library's copy, and ours of one long run. With `--splits`, rank 0 of each tensor-parallel size loads what each size has stored,
-and the last columns are the times (median, best) divided by those of an equal split. Machines are noisy: compare rows of one
-run, and read the best beside the median.
+and the last columns are the times (median, best) divided by those of an equal split. With `--rounded`, copies that round
+(`lossy_kv`) are measured in turns with plain ones, and the last columns are the times divided by those of plain ones. Machines
+are noisy: compare rows of one run, and read the best beside the median.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from typing import Any
 import numpy as np
 
 from lmcache.chunks import Layout, Split
+from lmcache.chunks.forms import Form
 from lmcache.engine.groups import RankGroup
 from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import PagedKV, Plane
 
 CHUNKS = 8
+ROUNDED = ((Form.INT8, Form.INT8), (Form.INT8, Form.INT4))
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,41 @@ def measure_splits(name: str, model: Model, seconds: float) -> None:
             )
 
 
+def measure_rounded(name: str, model: Model, seconds: float) -> None:
+    """One chunk a call, in CPU time of one thread; each copy that rounds in turn with a plain one of the same tokens."""
+    tokens, total = model.chunk_tokens, 2 * CHUNKS
+    plain = paged_kv(model, total * -(-tokens // model.block_tokens))
+    area = np.frombuffer(plain.keepalive, dtype=np.uint8)  # type: ignore[call-overload]
+    values = np.random.default_rng(1).standard_normal(1 << 20, dtype=np.float32).view(np.uint32)
+    area[:] = np.resize(
+        (values if model.item_bytes == 4 else (values >> 16).astype(np.uint16)).view(np.uint8), len(area)
+    )
+    tables = np.random.default_rng(7).permutation(plain.num_blocks).astype(np.int32).reshape(total, -1)
+    arena = touched(2 * total * plain.shard_bytes(tokens), shared=True)
+    dtype = {2: "bfloat16", 4: "float32"}[model.item_bytes]
+    size = plain.shard_bytes(tokens)
+    for forms in ROUNDED:
+        rounded = plain.rounded(forms, dtype)
+        copiers = [CpuCopier(paged, tokens) for paged in (plain, rounded)]
+        for way in ("gather", "scatter"):
+
+            def spent(i: int, which: int, way: str = way, copiers: list[CpuCopier] = copiers) -> float:
+                run = np.array([((which * total + i % total) * size, 0, tokens, 0)], dtype=np.int64)
+                copy = getattr(copiers[which], way)
+                begin = time.thread_time()
+                copy(address_of(arena), tables[i % total], run)
+                return time.thread_time() - begin
+
+            times, end = [], time.perf_counter() + seconds
+            while len(times) < 3 * total or time.perf_counter() < end:
+                times.append((spent(len(times), 0), spent(len(times) + CHUNKS, 1)))
+            medians, best = (tuple(map(how, zip(*times[total:], strict=True))) for how in (statistics.median, min))
+            text = f"{size / medians[1] / 1e9:7.2f} {size / best[1] / 1e9:7.2f} {medians[1] * 1e6:10.1f}"
+            ratios = f"{medians[1] / medians[0]:7.2f} {best[1] / best[0]:7.2f}"
+            label = f"{name} {way}, {'/'.join(form.name for form in forms)}"
+            print(f"{label:34}   1 {text} {ratios}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="for each row (default 0.5)")
@@ -214,14 +252,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["limits", *MODELS], help="these rows only")
     parser.add_argument("--isa", type=int, default=-1, help="number of the instruction set (default: the best)")
     parser.add_argument("--splits", action="store_true", help="loads of other parallel splits only")
+    parser.add_argument("--rounded", action="store_true", help="copies that round only, beside plain ones")
     options = parser.parse_args()
     print(f"{'what':34} {'thr':>3} {'GB/s':>7} {'best':>7} {'us':>10}")
-    if not options.splits and (not options.only or "limits" in options.only):
+    if not (options.splits or options.rounded) and (not options.only or "limits" in options.only):
         limits(options.seconds, options.threads)
     for name, model in MODELS.items():
         if options.splits and (not options.only or name in options.only):
             measure_splits(name, model, options.seconds)
-        elif not options.only or name in options.only:
+        elif options.rounded and (not options.only or name in options.only):
+            measure_rounded(name, model, options.seconds)
+        elif not (options.splits or options.rounded) and (not options.only or name in options.only):
             measure(name, model, options.seconds, options.threads, options.isa)
 
 

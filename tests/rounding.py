@@ -7,6 +7,8 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
+from lmcache.chunks.forms import Form
+
 BFLOAT16, FLOAT16, FLOAT32 = KINDS = (0, 1, 2)
 _ITEM = {BFLOAT16: 2, FLOAT16: 2, FLOAT32: 4}
 
@@ -51,3 +53,37 @@ def rounded(raw: bytes, row: int, kind: int) -> bytes:
     """Return what a payload of finite values is after it was encoded and decoded."""
     scales, codes = _rows(raw, row, kind)
     return narrowed((codes.astype(np.float32) * scales).reshape(-1), kind)
+
+
+def extent_rows(raw: bytes, row: int, kind: int, form: Form) -> bytes:
+    """Return what an extent holds of finite values whose heads have this form."""
+    if form is Form.EXACT:
+        return raw
+    if form is Form.INT8:
+        return stream_of(raw, row, kind)[:-8]
+    scales, codes = _groups(raw, kind)
+    nibbles = codes.view(np.uint8) & 15
+    return np.concatenate([scales.view(np.uint8), nibbles[:, :16] | nibbles[:, 16:] << 4], axis=1).tobytes()
+
+
+def from_extent(stored: bytes, row: int, kind: int, form: Form) -> bytes:
+    """Return the values that rows of an extent become."""
+    if form is Form.EXACT:
+        return stored
+    rows = np.frombuffer(stored, np.uint8).reshape(-1, 4 + row if form is Form.INT8 else 20)
+    scales, codes = np.ascontiguousarray(rows[:, :4]).view(np.float32), rows[:, 4:]
+    if form is Form.INT8:
+        signed = codes.view(np.int8)
+    else:
+        signed = ((np.concatenate([codes & 15, codes >> 4], axis=1) ^ 8).astype(np.int16) - 8).astype(np.int8)
+    return narrowed((signed.astype(np.float32) * scales).reshape(-1), kind)
+
+
+def _groups(raw: bytes, kind: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
+    """Return the scale [groups, 1] of each 32 values, and their codes [groups, 32] of 4 bits."""
+    values = floats(raw, kind).reshape(-1, 32)
+    largest = np.abs(values).max(1, keepdims=True, initial=0)
+    largest = np.where(largest < np.float32(2.0**-100), np.float32(0), largest)
+    with np.errstate(divide="ignore"):
+        factor = np.where(largest > 0, np.float32(7) / largest, np.float32(0))
+    return (largest / np.float32(7)).astype(np.float32), np.rint(values * factor).astype(np.int8)

@@ -24,12 +24,16 @@ def copy(
     run_count: int,
     claimed: int,
     /,
-) -> None:
+) -> bool:
     """Copy paged tokens into extents (scatter=0) or extents into paged memory (1), without the GIL.
 
     planes: address of rows of the layout "plane", [plane_count][sources]. base, blocks, runs: as in `CpuCopier.gather`, as
     addresses; runs is [run_count][sources]. The caller has checked all bounds. claimed: address of an int64, 0 at first, by which
-    several threads share the work of one copy. isa: a value of `copy_isas()`, or -1 for the fastest.
+    several threads share the work of one copy. isa: a value of `copy_isas()`, or -1 for the fastest. Return False if a value
+    could not be rounded, because it is not finite or is the largest float32; what was written is then of no use.
+
+    Raises:
+        MemoryError: there is none for a buffer of some 32 KiB.
     """
 
 def runs_fit(

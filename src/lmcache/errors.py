@@ -15,6 +15,10 @@ class LayoutError(LMCacheError):
     """KV tensors cannot be described by a layout, or KV does not belong to the given layout."""
 
 
+class Unroundable(LMCacheError):
+    """KV that has to be rounded contains a value that cannot be. It is not stored."""
+
+
 class IdentityUnknown(LayoutError):
     """The weights are not identified: they are still being hashed, or could not be hashed, in which case the log says why."""
 

@@ -342,6 +342,31 @@ def digests(llm: Any, wipe: bool = False) -> dict[str, Any]:
     return {"blocks": found}
 
 
+def round_trip(llm: Any) -> dict[str, Any]:
+    """Round all of the engine's KV where it lies, by NumPy."""
+    import numpy as np
+
+    sys.path.append(str(Path(__file__).parents[1]))
+    from lmcache.chunks.forms import KINDS
+    from lmcache.transfer.cpu import CpuCopier
+    from rounding import extent_rows, from_extent
+
+    (group,) = rank_session()._groups
+    paged, layout = group.paged, group.layout_for(16)
+    assert not any(plane.form for plane in paged.planes) and layout.rounded_in_l1
+    tokens, copier = paged.num_blocks * paged.block_tokens, CpuCopier(paged, paged.num_blocks * paged.block_tokens)
+    place, blocks = np.zeros(paged.shard_bytes(tokens), np.uint8), np.arange(paged.num_blocks, dtype=np.int32)
+    runs = np.array([(0, 0, tokens, 0)], dtype=np.int64)
+    copier.gather(place.ctypes.data, blocks, runs)
+    kind, row = KINDS[layout.kv_dtype], layout.head_size
+    planes = place.reshape(len(paged.planes), -1)
+    for number, plane in enumerate(planes):
+        form = layout.forms[number % 2]
+        plane[:] = np.frombuffer(from_extent(extent_rows(plane.tobytes(), row, kind, form), row, kind, form), np.uint8)
+    copier.scatter(place.ctypes.data, blocks, runs)
+    return {"ok": True}
+
+
 def slow_layers(llm: Any, seconds: float, forget: str = "") -> dict[str, Any]:
     """From now on each layer of a load but the first comes so much later, and vLLM does not call for the layer `forget`.
 
@@ -501,6 +526,7 @@ COMMANDS = {
     "empty": empty,
     "deadline": deadline,
     "wait_for_stores": wait_for_stores,
+    "round_trip": round_trip,
     "stop_after": stop_after,
     "compute_slowly": compute_slowly,
     "abort_waiting": abort_waiting,

@@ -1,6 +1,6 @@
 """What a codec does to the answers of a model: the exact KV of prompts is encoded and decoded, and the model goes on from it.
 
-It runs in Transformers, with the codecs themselves (`lmcache.tiers.coding`) and without a server.
+It runs in Transformers, with the codecs themselves (`lmcache.tiers.coding`, of `k8v4` the copies) and without a server.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import numpy as np
 import torch
 
 from lmcache.chunks import Layout
+from lmcache.chunks.forms import Form
 from lmcache.errors import LMCacheError
 from lmcache.tiers import coding
+from lmcache.transfer.cpu import CpuCopier
+from lmcache.transfer.paged import PagedKV, Plane
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-CODECS = ("none", "pack12", "int8")
+CODECS = ("none", "pack12", "int8", "k8v4")
 _RESAMPLES = 2000
 
 
@@ -194,13 +197,33 @@ def brought_back(cache: DynamicCache, codec: str, dtype: Any) -> tuple[int, int,
             if not isinstance(plane, torch.Tensor) or not plane.numel():
                 continue  # a state, or a layer that shares the KV of another one
             rows = plane.detach()[0].transpose(0, 1).to("cpu", dtype).contiguous()  # [tokens, heads, elements]
-            back, size = one_way(rows, codec)
+            form = Form.INT4 if name == "values" else Form.INT8
+            back, size = two_ways(rows, form) if codec == "k8v4" else one_way(rows, codec)
             raw, stored = raw + rows.nbytes, stored + size
             same = same and torch.equal(back.view(torch.uint8), rows.view(torch.uint8))
             setattr(layer, name, back.transpose(0, 1)[None].to(plane.device, plane.dtype).contiguous())
     if not raw:
         raise QualityError("the model's cache has no keys and values: there is nothing to measure")
     return raw, stored, same
+
+
+def two_ways(rows: torch.Tensor, form: Form) -> tuple[torch.Tensor, int]:
+    """Return values [tokens, heads, elements] as an engine that stores them in this form loads them, and the bytes stored.
+
+    Raises:
+        LayoutError: they cannot have this form.
+        Unroundable: a value is not finite.
+    """
+    tokens, dtype = rows.shape[0], str(rows.dtype).removeprefix("torch.")
+    back = torch.empty_like(rows)
+    stored: Any = None
+    for tensor, way in ((rows, "gather"), (back, "scatter")):
+        plane = Plane.of(tensor, "thd", tokens)
+        paged = PagedKV((plane,), tokens, 1, rows.element_size(), tensor).rounded((form,), dtype)
+        stored = np.empty(paged.shard_bytes(tokens), np.uint8) if stored is None else stored
+        run = np.array([(0, 0, tokens, 0)], dtype=np.int64)
+        getattr(CpuCopier(paged, tokens), way)(stored.ctypes.data, np.zeros(1, dtype=np.int32), run)
+    return back, stored.nbytes
 
 
 def one_way(rows: torch.Tensor, codec: str) -> tuple[torch.Tensor, int]:

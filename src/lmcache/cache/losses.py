@@ -74,6 +74,10 @@ ENGINE_DROPPED: dict[str, Reason] = {
     ),
     "closed": Reason("The engine ended before the copy began.", "Nothing."),
     "preempted": Reason("The engine took the blocks away before they were copied.", "Give the engine more KV memory."),
+    "not finite": Reason(
+        "The engine rounds its KV (lossy_kv), and a value was an infinity or a NaN, which cannot be rounded.",
+        "Nothing, if it is rare. Otherwise set lossy_kv to none, and look at what the model computes.",
+    ),
     "another chunk size": Reason(
         "The server was replaced by one with another --chunk-size while the store was queued.",
         "Nothing, if it is rare.",

@@ -3,6 +3,7 @@
 May import: `lmcache.errors` and nothing else of this package.
 """
 
+from lmcache.chunks.forms import SCALE_BYTES
 from lmcache.chunks.hashing import (
     HASH_BYTES,
     TENANT_BYTES,
@@ -15,7 +16,6 @@ from lmcache.chunks.hashing import (
 from lmcache.chunks.layout import (
     LOSSY_KV,
     PER_TOKEN_HEAD,
-    SCALE_BYTES,
     Group,
     Layout,
     Shard,

@@ -15,11 +15,19 @@ from typing import Annotated, Literal
 import msgspec
 from blake3 import blake3
 
+from lmcache.chunks.forms import KINDS, Form
 from lmcache.errors import LayoutError
 
 EXTENT_ORDER_VERSION = 1
-LOSSY_KV = {"none": 0, "int8": 1}
-"""Names of what an engine accepts -> `Layout.codec`. none: exact KV. int8: KV that the codec of that name may have rounded."""
+LOSSY_KV = {"none": 0, "int8": 1, "int8-l1": 2, "k8v4-l1": 3}
+"""Names of what an engine accepts -> `Layout.codec`. none: exact KV. int8: KV that the codec of that name may have rounded in a
+tier. int8-l1: KV that the engine itself rounds, so that L1 and all behind it hold it in 8 bits. k8v4-l1:
+the same with V in 4 bits."""
+_IN_L1 = {
+    LOSSY_KV["int8-l1"]: ("int8", (Form.INT8, Form.INT8)),
+    LOSSY_KV["k8v4-l1"]: ("k8v4", (Form.INT8, Form.INT4)),
+}
+"""Numbers of `LOSSY_KV` whose KV is rounded in L1 -> the name of that, and the forms of K and V in extents."""
 FINGERPRINT_BYTES = 16
 MAX_NAME_CHARACTERS = 4096
 """The most characters in one text field of a layout, which is the longest path that Linux allows."""
@@ -34,11 +42,8 @@ DTYPE_BYTES = {
     "int8": 1,
     "uint8": 1,
 }
-_FLOATS = ("float32", "float16", "bfloat16")
 PER_TOKEN_HEAD = "per_token_head"
-"""Scales that the engine computes for each KV head of each token."""
-SCALE_BYTES = 4
-"""The size of one such scale, which is a float32."""
+"""Scales, of `SCALE_BYTES`, that the engine computes for each KV head of each token."""
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,8 +91,40 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rounded_row(self) -> int:
         """The elements of a row that `int8` may round with one scale: the head of a token. 0 if this KV must stay exact, or if
         rounding was never measured for its kind: latents of MLA, states, and KV that is quantized already."""
-        plain = self.kind == "mha" and self.kv_dtype in _FLOATS and not self.kv_scales
-        return self.head_size if self.codec == LOSSY_KV["int8"] and plain else 0
+        return self.head_size if self.codec == LOSSY_KV["int8"] and self._plain else 0
+
+    @property
+    def _plain(self) -> bool:
+        return self.kind == "mha" and self.kv_dtype in KINDS and not self.kv_scales
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """How extents hold the planes of a layer. What may be rounded is what `rounded_row` says."""
+        forms = _IN_L1[self.codec][1] if self.codec in _IN_L1 else ()
+        if not forms or not self._plain or not all(one.takes(self.head_size, self.kv_dtype) for one in forms):
+            return (Form.EXACT,) * self.planes_per_layer
+        return forms
+
+    @property
+    def rounded_in_l1(self) -> bool:
+        """Whether the engine rounds this KV when it stores it."""
+        return any(self.forms)
+
+    @property
+    def l1_codec(self) -> str:
+        """The name of what the engine asks for: `none`, or how its KV is rounded in L1. KV that cannot be rounded is exact
+        nevertheless."""
+        return _IN_L1[self.codec][0] if self.codec in _IN_L1 else "none"
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of what extents hold, by which a tier chooses a lossless codec."""
+        return "uint8" if self.rounded_in_l1 else self.kv_dtype
+
+    @property
+    def head_bytes(self) -> tuple[int, ...]:
+        """For each plane of a layer the bytes of one head of a token in an extent."""
+        return tuple(one.head_bytes(self.head_size, DTYPE_BYTES[self.kv_dtype]) for one in self.forms)
 
     @property
     def lossy_kv(self) -> str:
@@ -170,13 +207,13 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     end_head: int
 
     def shard_bytes(self, layout: Layout) -> int:
-        """Return the raw bytes of this shard of one full chunk."""
+        """Return the bytes of this shard of one full chunk in an extent."""
         return self.token_bytes(layout) * layout.chunk_tokens
 
     def token_bytes(self, layout: Layout) -> int:
-        """Return the raw bytes of this shard for one token."""
+        """Return the bytes of this shard for one token in an extent."""
         layers, heads = self.end_layer - self.first_layer, self.end_head - self.first_head
-        return layers * layout.planes_per_layer * heads * layout.head_size * DTYPE_BYTES[layout.kv_dtype]
+        return layers * heads * sum(layout.head_bytes)
 
 
 class Split(msgspec.Struct, frozen=True, array_like=True):

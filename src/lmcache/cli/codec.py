@@ -14,7 +14,8 @@ from lmcache.errors import ConfigError
 if TYPE_CHECKING:
     from lmcache.bench.quality import Subject
 
-_CODECS = ("none", "pack12", "int8")
+_DEFAULT = ("none", "pack12", "int8")
+_CODECS = (*_DEFAULT, "k8v4")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TEXT = """
 Measure what a codec does to the answers of a model. For each prompt the model computes exact KV, the codec encodes and
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"\r{done} of {len(prompts)} prompts", end="", file=sys.stderr, flush=True)
 
-    rows = subject.measure(prompts, arguments.codec or _CODECS, arguments.tokens, progress, arguments.seconds)
+    rows = subject.measure(prompts, arguments.codec or _DEFAULT, arguments.tokens, progress, arguments.seconds)
     print(file=sys.stderr) if sys.stderr.isatty() else None
     found = {
         "model": arguments.model,

@@ -146,7 +146,7 @@ class EngineConfig:
     remote_serde: str | None = _row(
         _serde, None, "cachegen, kivi, fp8: KV is rounded by int8, which is more exact (docs/codecs.md)"
     )
-    lossy_kv: str = _row(read.word("auto", "none", "int8"), "auto")
+    lossy_kv: str = _row(read.word("auto", "none", "int8", "int8-l1", "k8v4-l1"), "auto")
     save_decode_cache: bool = _row(read.switch, False)
     save_unfull_chunk: bool = _row(read.switch, True)
     cache_policy: str = _row(read.policy(*POLICIES), "LRU")
@@ -229,7 +229,7 @@ MEANING = {
     "max_local_disk_size": "The size of local_disk in GiB.",
     "remote_url": "A remote tier: any URL that --l2 of the server takes.",
     "remote_serde": "How KV is stored behind remote_url: naive, cachegen, kivi or fp8.",
-    "lossy_kv": "What may have changed the KV that the engine loads: none, int8, or auto: as the codec of remote_url says.",
+    "lossy_kv": "What may have changed the KV: none, int8, int8-l1, k8v4-l1, or auto: as the codec of remote_url says.",
     "save_decode_cache": "Whether generated tokens are stored too.",
     "save_unfull_chunk": "Whether the last, unfull chunk of a prompt is stored too.",
     "cache_policy": "The eviction policy.",

@@ -22,6 +22,7 @@ from lmcache.config.options import GIB, Option
 from lmcache.errors import ConfigError
 
 POLICIES = ("LRU", "learned")
+L1_CODECS = ("auto", "none", "int8", "k8v4")
 HUGE_PAGES = ("auto", "always", "never")
 METRICS_NAMES = ("own", "lmcache-0.5")
 LOG_FORMATS = ("text", "json")
@@ -69,6 +70,12 @@ class ServerConfig:
         *("TOKENS", read.integer(1, 1 << 20), 256),
         help="Tokens in a chunk, the unit of reuse. Small chunks find more in short prompts and cost more per token; "
         "any size works with any block size of the engine. Engines learn the size from the server.",
+    )
+    l1_codec: str = _cache(
+        *("CODEC", read.word(*L1_CODECS), "auto"),
+        help="Which KV memory takes. auto: what engines store, exact or rounded, as lossy_kv says. none: only exact KV. int8, "
+        "k8v4: only KV in 8 bits, or with V in 4, which takes 0.52 or 0.42 of the memory. Other engines are refused, "
+        "and compute without this server.",
     )
     pinned_share: float = _cache(
         *("SHARE", read.number(0, 1), 0.5),

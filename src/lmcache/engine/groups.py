@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.chunks import Group, Shard, Split
+from lmcache.chunks import Group, Layout, Shard, Split
 from lmcache.chunks.layout import DTYPE_BYTES
 from lmcache.engine.session import LayoutFor
 from lmcache.errors import LayoutError
@@ -94,6 +94,29 @@ class RankGroup:
             )
         return self.group.kept_tokens(chunk_tokens) if self.group is not None else chunk_tokens
 
+    def stored(self, chunk_tokens: int) -> PagedKV:
+        """Return the paged KV as extents hold it, which may be rounded.
+
+        Raises:
+            IdentityUnknown: there is no layout yet.
+            LayoutError: the planes do not have the layout's heads, so these cannot be rounded.
+        """
+        layout = self.layout_for(chunk_tokens)
+        if not layout.rounded_in_l1:
+            return self.paged
+        self._check_heads(layout, "rounded")
+        return self.paged.rounded(layout.forms, layout.kv_dtype)
+
+    def _check_heads(self, layout: Layout, what: str) -> None:
+        wanted = self.shard.end_head - self.shard.first_head, layout.head_size * DTYPE_BYTES[layout.kv_dtype]
+        for plane in self.paged.planes:
+            held = plane.heads, plane.dims * self.paged.item_bytes
+            if held != wanted:
+                raise LayoutError(
+                    f"planes of {held[0]} heads of {held[1]} bytes cannot be {what}: describe the {wanted[0]} KV heads of "
+                    f"{wanted[1]} bytes that this rank has"
+                )
+
     def overlap(self, split: Split, index: int, chunk_tokens: int) -> tuple[PagedKV, ExtentShape] | None:
         """Return the part of the paged KV that shard `index` of another split holds, too, and the shape of that shard's extents;
         None if they have nothing in common.
@@ -101,30 +124,23 @@ class RankGroup:
         Raises:
             LayoutError: the layout cannot be split like this, or the planes do not have its heads.
         """
-        layout, own = self.layout_for(chunk_tokens), self.shard
-        other, item = split.shard(layout, index), DTYPE_BYTES[layout.kv_dtype]
-        wanted = own.end_head - own.first_head, layout.head_size * item
-        for plane in self.paged.planes:
-            held = plane.heads, plane.dims * self.paged.item_bytes
-            if held != wanted:
-                raise LayoutError(
-                    f"planes of {held[0]} heads of {held[1]} bytes cannot be filled from shards of another split: describe the "
-                    f"{wanted[0]} KV heads of {wanted[1]} bytes that this rank has"
-                )
+        layout, own, paged = self.layout_for(chunk_tokens), self.shard, self.stored(chunk_tokens)
+        other = split.shard(layout, index)
+        self._check_heads(layout, "filled from shards of another split")
         layers = range(max(own.first_layer, other.first_layer), min(own.end_layer, other.end_layer))
         heads = range(max(own.first_head, other.first_head), min(own.end_head, other.end_head))
         if not layers or not heads:
             return None
-        each, head, kept = layout.planes_per_layer, layout.head_size * item, self.kept_tokens(chunk_tokens)
-        row = (other.end_head - other.first_head) * head
-        first, end = ((layer - own.first_layer) * each for layer in (layers.start, layers.stop))
-        skipped = (layers.start - other.first_layer) * each
-        planes = tuple(
-            ((skipped + plane) * kept * row + (heads.start - other.first_head) * head, row)
-            for plane in range(end - first)
-        )
-        part = self.paged.part(first, end, heads.start - own.first_head, heads.stop - own.first_head)
-        return part, ExtentShape(planes, other.token_bytes(layout) * kept)
+        kept, per_layer = self.kept_tokens(chunk_tokens), len(layout.head_bytes)
+        first, end = ((layer - own.first_layer) * per_layer for layer in (layers.start, layers.stop))
+        planes, start = [], 0
+        for plane, head in enumerate(layout.head_bytes * (layers.stop - other.first_layer)):
+            row = (other.end_head - other.first_head) * head
+            if plane >= (layers.start - other.first_layer) * per_layer:
+                planes.append((start + (heads.start - other.first_head) * head, row))
+            start += kept * row
+        part = paged.part(first, end, heads.start - own.first_head, heads.stop - own.first_head)
+        return part, ExtentShape(tuple(planes), other.token_bytes(layout) * kept)
 
     def shard_bytes(self, chunk_tokens: int) -> int:
         """Return the bytes of an extent.
@@ -134,10 +150,25 @@ class RankGroup:
         """
         kept = self.kept_tokens(chunk_tokens)
         of_layout = self.shard.token_bytes(self.layout_for(chunk_tokens)) * kept
-        of_tensors = self.paged.shard_bytes(kept)
+        of_tensors = self.stored(chunk_tokens).shard_bytes(kept)
         if of_tensors != of_layout:
             raise LayoutError(f"the KV tensors make shards of {of_tensors} bytes, the layout {of_layout}")
         return of_layout
+
+
+def refuse_unrounded(layouts: Sequence[Layout]) -> None:
+    """Return if a layout of an engine's groups is rounded in L1, or none is meant to be.
+
+    Raises:
+        LayoutError: all of the KV is of kinds that cannot be rounded.
+    """
+    if any(one.l1_codec != "none" for one in layouts) and not any(one.rounded_in_l1 for one in layouts):
+        kinds = sorted({f"{one.kind} in {one.kv_dtype}, {one.head_size} values a head" for one in layouts})
+        raise LayoutError(
+            f"lossy_kv={layouts[0].lossy_kv} cannot be served: only K and V in bfloat16, float16 or float32 that the engine has "
+            "not quantized can be rounded, and V to 4 bits only in heads of a multiple of 32 values. This KV is "
+            f"{'; '.join(kinds)}: set lossy_kv to none"
+        )
 
 
 def shares(groups: Sequence[tuple[int, int]]) -> list[float]:

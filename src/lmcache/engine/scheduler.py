@@ -13,7 +13,7 @@ from lmcache.chunks import TokenChain, chunk_root
 from lmcache.chunks.hashing import HASH_BYTES, Extras
 from lmcache.engine.connection import Connection
 from lmcache.engine.endpoint import Endpoint
-from lmcache.engine.groups import GroupShape
+from lmcache.engine.groups import GroupShape, refuse_unrounded
 from lmcache.engine.hello import ask
 from lmcache.engine.jobs import Foreign
 from lmcache.engine.session import UNKNOWN, Session
@@ -379,11 +379,16 @@ class SchedulerSession(Session):
         if descriptor >= 0:
             os.close(descriptor)  # the scheduler copies nothing
         layout = self._layout_for(welcome.chunk_tokens)
+        refuse_unrounded([one.layout_for(welcome.chunk_tokens) for one in self._groups])
         if layout.codec and not self._fingerprint:
+            rounds = (
+                "this engine rounds the KV that it stores"
+                if layout.l1_codec != "none"
+                else "tiers may round this engine's KV"
+            )
             logger.warning(
-                "lossy_kv=%s: tiers with codec=%s may round this engine's KV, which has names of its own. Answers may differ "
-                "from those without LMCache (docs/codecs.md)",
-                *(layout.lossy_kv, layout.lossy_kv),
+                "lossy_kv=%s: %s, which has names of its own. Answers may differ from those without LMCache (docs/codecs.md)",
+                *(layout.lossy_kv, rounds),
             )
         spaces: list[int] = []
         for one in self._groups:  # the first group has all of a prompt, if any has

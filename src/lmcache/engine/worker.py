@@ -17,12 +17,12 @@ from lmcache.engine.access import Access, ArenaAccess, Part, PayloadAccess
 from lmcache.engine.connection import GONE_SECONDS, Connection
 from lmcache.engine.copy_threads import STORING, Cancelled, CopyThreads, Outcome
 from lmcache.engine.endpoint import Endpoint
-from lmcache.engine.groups import RankGroup
+from lmcache.engine.groups import RankGroup, refuse_unrounded
 from lmcache.engine.hello import ask
 from lmcache.engine.jobs import Load, Store
 from lmcache.engine.runs import load_group, store_runs
 from lmcache.engine.session import UNKNOWN
-from lmcache.errors import ServerRefused, ServerUnavailable
+from lmcache.errors import ServerRefused, ServerUnavailable, Unroundable
 from lmcache.memory.arena import Mapping
 from lmcache.observability.log import init_logger
 from lmcache.runtime import RUNTIME, Runtime
@@ -153,6 +153,10 @@ class WorkerSession(CopyThreads):
             except Cancelled:
                 self._count_drop(total - at, "preempted")
                 break
+            except Unroundable as error:
+                self._count_drop(total - at, "not finite")
+                logger.debug("%d chunks of a store were dropped: %s", total - at, error)
+                break
             except (ServerUnavailable, ServerRefused) as error:
                 reason = "no server" if isinstance(error, ServerUnavailable) else "refused"
                 self.counters[f"dropped_chunks:{reason}"] += total - at
@@ -233,6 +237,7 @@ class WorkerSession(CopyThreads):
         """Map the new arena once no copy runs in the old one, and register this rank's part of the layout."""
         try:
             size, spaces = welcome.chunk_tokens, []
+            refuse_unrounded([one.layout_for(size) for one in self._groups])
             sizes = [one.shard_bytes(size) for one in self._groups]
             for one, shard_bytes in zip(self._groups, sizes, strict=True):
                 request = one.shape.registration(size, one.shard.index, shard_bytes)
@@ -261,7 +266,7 @@ class WorkerSession(CopyThreads):
     def _new_access(self, welcome: m.Welcome, descriptor: int, sizes: Sequence[int]) -> Access:
         """Map the arena, or prepare for payload frames without a descriptor. sizes: bytes of an extent of each group."""
         kept = [one.kept_tokens(welcome.chunk_tokens) for one in self._groups]
-        planes = [(one.paged, tokens) for one, tokens in zip(self._groups, kept, strict=True)]
+        planes = [(one.stored(welcome.chunk_tokens), tokens) for one, tokens in zip(self._groups, kept, strict=True)]
         copiers = make_copiers(planes, self._copy_threads, self.runtime)
         parts = list(map(Part, copiers, kept, [one.shard.index for one in self._groups], sizes))
         if descriptor < 0:

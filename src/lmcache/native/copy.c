@@ -11,11 +11,15 @@
  * A plane can be filled from several extents, each of which has some of its heads (the shards of another parallel split). Block
  * by block, one after the other is copied: the pages of a block are then written while the TLB holds their addresses.
  *
- * `copy` does not check bounds; its callers use `runs_fit` (transfer/bounds.py). Nothing is allocated here.
+ * Planes that extents hold rounded (`form`) go through the rows of int8.c. Where the values of a head do not lie side by side in paged
+ * memory, the tokens are first copied to a small buffer, in an extent's order, by the same patterns.
+ *
+ * `copy` does not check bounds; its callers use `runs_fit` (transfer/bounds.py). Nothing but that buffer is allocated here.
  */
 #include "native.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 
 #include "kernels.h"
 #if defined(__x86_64__)
@@ -24,7 +28,7 @@
 #include "kernels_neon.h"
 #endif
 
-enum { MAX_AXES = 5, CLAIM_BYTES = 256 << 10 };
+enum { MAX_AXES = 5, CLAIM_BYTES = 256 << 10, BUFFER_BYTES = 32 << 10 };
 
 /* A row of CpuCopier's packed planes. */
 typedef struct {
@@ -218,11 +222,15 @@ typedef struct {
     int64_t *claimed; /* number of pieces taken so far, shared by the threads of one call */
 } Job;
 
-/* The last pattern made, which is usually the next one too: most pieces are complete blocks of one plane. */
+/* What a thread keeps between pieces. The last pattern made is usually the next one too: most pieces are complete blocks of one
+ * plane. failed: a value could not be rounded (1), or there is no memory for the buffer (2). */
 typedef struct {
     const Plane *plane;
     int64_t groups, tokens;
     Pattern pattern;
+    char *buffer;
+    int64_t buffer_bytes;
+    int failed;
 } Memo;
 
 /* Returns whether both planes have the same pattern. */
@@ -267,6 +275,74 @@ static void copy_in_block(const Job *job, Memo *memo, const Plane *plane, char *
     }
 }
 
+/* Whether the values of a head of a token lie side by side in paged memory. */
+static int is_dense(const Plane *plane, int64_t item)
+{
+    return plane->dim_stride == item && (plane->dim_group == plane->dims || plane->dim_group_stride == plane->dim_group * item);
+}
+
+/* Rounds the heads of `tokens` tokens, which are `token_step` bytes apart, or restores them. Consecutive heads are `head_step`
+ * bytes apart. */
+static void round_tokens(const Job *job, Memo *memo, const Plane *plane, char *values, int64_t token_step, int64_t head_step,
+                         int64_t tokens, char *extent)
+{
+    int plain = job->isa == isas, form = (int)plane->form, kind = (int)plane->kind;
+    for (; tokens > 0; tokens--, values += token_step, extent += plane->extent_row) {
+        if (job->scatter)
+            lmcache_restore_rows(plain, form, kind, (uint8_t *)extent, plane->heads, plane->dims, (uint8_t *)values, head_step);
+        else if (!lmcache_round_rows(plain, form, kind, (uint8_t *)values, head_step, plane->heads, plane->dims, (uint8_t *)extent))
+            memo->failed |= 1;
+    }
+}
+
+/* Makes room for at least one token in the buffer. Returns how many have room, 0 if there is no memory. */
+static int64_t room_in_buffer(Memo *memo, int64_t token_bytes)
+{
+    int64_t wanted = token_bytes > BUFFER_BYTES ? token_bytes : BUFFER_BYTES;
+    if (memo->buffer_bytes < wanted) {
+        free(memo->buffer);
+        memo->buffer = malloc((size_t)wanted);
+        memo->buffer_bytes = memo->buffer == NULL ? 0 : wanted;
+    }
+    memo->failed |= memo->buffer == NULL ? 2 : 0;
+    return memo->buffer_bytes / token_bytes;
+}
+
+/* As copy_in_block, for a plane that extents hold rounded. */
+static void round_in_block(const Job *job, Memo *memo, const Plane *plane, char *block, int64_t token, int64_t count, char *extent)
+{
+    int64_t group = plane->token_group, head = plane->dims * job->item, row = plane->heads * head, some;
+    if (is_dense(plane, job->item)) {
+        for (int64_t end = token + count; token < end; token += some, extent += some * plane->extent_row) {
+            char *values = block + token / group * plane->group_stride + token % group * plane->token_stride;
+            some = group == 1 ? end - token : group - token % group < end - token ? group - token % group : end - token;
+            int64_t step = group == 1 ? plane->group_stride : plane->token_stride;
+            round_tokens(job, memo, plane, values, step, plane->head_stride, some, extent);
+        }
+        return;
+    }
+    Plane ordered = *plane;
+    Isa cached = *job->isa; /* what passes the caches by would have to come back at once */
+    Job copying = *job;
+    ordered.form = FORM_EXACT;
+    ordered.extent_row = row;
+    if (!job->scatter) {
+        cached.rows = rows_plain;
+        copying.isa = &cached;
+    }
+    int64_t room = room_in_buffer(memo, row);
+    for (int64_t end = token + count; room && token < end; token += some, extent += some * plane->extent_row) {
+        some = room < end - token ? room : end - token;
+        if (job->scatter)
+            round_tokens(job, memo, plane, memo->buffer, row, head, some, extent);
+        memo->groups = 0; /* the pattern that is remembered is of another plane at the same address */
+        copy_in_block(&copying, memo, &ordered, block, token, some, memo->buffer, memo->buffer);
+        memo->groups = 0;
+        if (!job->scatter)
+            round_tokens(job, memo, plane, memo->buffer, row, head, some, extent);
+    }
+}
+
 static char *block_at(const Job *job, const Plane *plane, int64_t index)
 {
     return (char *)(intptr_t)plane->address + job->blocks[index] * plane->block_stride;
@@ -291,14 +367,17 @@ static void copy_run(const Job *job, Memo *memo, const Plane *planes, const Run 
             const char *next = extent_at(job, &planes[then], &runs[then], last ? in_extent + count : in_extent);
             if (!job->scatter)
                 next = block_at(job, &planes[then], last && in_extent + count < end ? index + 1 : index);
-            copy_in_block(job, memo, &planes[i], block_at(job, &planes[i], index), in_block, count,
-                          extent_at(job, &planes[i], &runs[i], in_extent), next);
+            char *block = block_at(job, &planes[i], index), *extent = extent_at(job, &planes[i], &runs[i], in_extent);
+            if (planes[i].form == FORM_EXACT)
+                copy_in_block(job, memo, &planes[i], block, in_block, count, extent, next);
+            else
+                round_in_block(job, memo, &planes[i], block, in_block, count, extent);
         }
     }
 }
 
-/* Takes pieces of (run, plane) and copies them until none is left. */
-static void work(const Job *job)
+/* Takes pieces of (run, plane) and copies them until none is left. Returns what has failed, see Memo. */
+static int work(const Job *job)
 {
     int64_t pieces = job->run_count * job->plane_count;
     int64_t piece_bytes = job->runs[0].tokens * job->planes[0].heads * job->planes[0].dims * job->item * job->sources + 1;
@@ -313,6 +392,8 @@ static void work(const Job *job)
             break;
     }
     finish_streams();
+    free(memo.buffer);
+    return memo.failed;
 }
 
 /* ---- Python ------------------------------------------------------------ */
@@ -331,6 +412,7 @@ static int best_isa(void)
 static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     int64_t n[12];
+    int failed = 0;
     (void)module;
     if (lmcache_integers("copy", args, nargs, n, 12) < 0)
         return NULL;
@@ -354,10 +436,12 @@ static PyObject *copy(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     };
     if (job.run_count > 0 && job.plane_count > 0) {
         Py_BEGIN_ALLOW_THREADS
-        work(&job);
+        failed = work(&job);
         Py_END_ALLOW_THREADS
     }
-    Py_RETURN_NONE;
+    if (failed & 2)
+        return PyErr_NoMemory();
+    return PyBool_FromLong(!failed);
 }
 
 /* Checks the bounds of all runs. Each term is bounded before terms are added, so that no sum can overflow. */
@@ -416,10 +500,12 @@ static PyObject *copy_isas(PyObject *module, PyObject *ignored)
 
 PyMethodDef lmcache_copy_methods[] = {
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL,
-     "copy(scatter, isa, planes, plane_count, sources, item_bytes, block_tokens, base, blocks, runs, run_count, claimed)\n\n"
+     "copy(scatter, isa, planes, plane_count, sources, item_bytes, block_tokens, base, blocks, runs, run_count, claimed) "
+     "-> bool\n\n"
      "Copy paged tokens into extents (scatter=0) or extents into paged memory (1). planes, base, blocks, runs and claimed\n"
      "are addresses; the caller keeps them alive and has checked all bounds. There are `sources` rows for each plane and for\n"
-     "each run, one behind the other. isa: a value of copy_isas(), or -1 for the fastest."},
+     "each run, one behind the other. isa: a value of copy_isas(), or -1 for the fastest. Return False if a value could not be\n"
+     "rounded; what was written is then of no use."},
     {"runs_fit", (PyCFunction)(void (*)(void))runs_fit, METH_FASTCALL,
      "runs_fit(blocks, block_count, runs, run_count, chunk_tokens, block_tokens, num_blocks, farthest_extent) -> bool\n\n"
      "Return whether all runs stay within the block table, the tokens of an extent and offsets up to farthest_extent, and\n"

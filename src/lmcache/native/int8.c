@@ -1,4 +1,5 @@
-/* The codec `int8` (docs/codecs.md): values of a head of a token in 8 bits each, with one scale. It loses precision.
+/* The codec `int8` (docs/codecs.md): values of a head of a token in 8 bits each, with one scale. It loses precision. A tier's
+ * payloads are streams of it; extents of rounded KV have its rows (copy.c), and rows of 4 bits (`k8v4`).
  *
  * A row is `row` values: one head of one token. The stream has for each row its scale (float32) and its codes (int8), then a
  * trailer: `row` (uint32), and the kind of the values (uint32). A value is code * scale, where the scale is the row's largest
@@ -117,6 +118,101 @@ INLINED void restore_row(const uint8_t *restrict from, int64_t row, int kind, ui
         narrow((float)codes[i] * scale, raw, i, kind);
 }
 
+/* Rows of 4 bits: for each group of 32 values a scale, which is the group's largest magnitude / 7, and 16 bytes. Byte i has the code
+ * of value i in its lower half and that of value i + 16 in its upper one. */
+enum { GROUP = 32, GROUP_BYTES = SCALE_BYTES + GROUP / 2 };
+
+INLINED int round_group(const uint8_t *restrict raw, int64_t first, int kind, uint8_t *restrict to)
+{
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < GROUP; i++) {
+        uint32_t magnitude = widened(raw, first + i, kind) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest >= TOO_LARGE)
+        return 0;
+    int zeros = largest < LEAST_BITS;
+    float scale = zeros ? 0.0f : float_of(largest) / 7.0f, factor = zeros ? 0.0f : 7.0f / float_of(largest);
+    memcpy(to, &scale, SCALE_BYTES);
+    to += SCALE_BYTES;
+    for (int64_t i = 0; i < GROUP / 2; i++) {
+        uint32_t low = bits_of(float_of(widened(raw, first + i, kind)) * factor + ROUNDER);
+        uint32_t high = bits_of(float_of(widened(raw, first + i + GROUP / 2, kind)) * factor + ROUNDER);
+        to[i] = (uint8_t)((low & 15) | high << 4);
+    }
+    return 1;
+}
+
+INLINED void restore_group(const uint8_t *restrict from, int64_t first, int kind, uint8_t *restrict raw)
+{
+    float scale;
+    memcpy(&scale, from, SCALE_BYTES);
+    from += SCALE_BYTES;
+    for (int64_t i = 0; i < GROUP / 2; i++) {
+        narrow((float)(((from[i] & 15) ^ 8) - 8) * scale, raw, first + i, kind);
+        narrow((float)(((from[i] >> 4) ^ 8) - 8) * scale, raw, first + i + GROUP / 2, kind);
+    }
+}
+
+/* Rows of one form, which are `step` bytes apart where they are values. `lmcache_round_rows` and `lmcache_restore_rows`. */
+INLINED int round_rows(int form, int kind, const uint8_t *raw, int64_t step, int64_t rows, int64_t row, uint8_t *to)
+{
+    int fine = 1;
+    for (; rows > 0; rows--, raw += step) {
+        if (form == FORM_INT8) {
+            fine &= round_row(raw, row, kind, to);
+            to += SCALE_BYTES + row;
+        } else {
+            for (int64_t first = 0; first < row; first += GROUP, to += GROUP_BYTES)
+                fine &= round_group(raw, first, kind, to);
+        }
+    }
+    return fine;
+}
+
+INLINED void restore_rows(int form, int kind, const uint8_t *from, int64_t rows, int64_t row, uint8_t *raw, int64_t step)
+{
+    for (; rows > 0; rows--, raw += step) {
+        if (form == FORM_INT8) {
+            restore_row(from, row, kind, raw);
+            from += SCALE_BYTES + row;
+        } else {
+            for (int64_t first = 0; first < row; first += GROUP, from += GROUP_BYTES)
+                restore_group(from, first, kind, raw);
+        }
+    }
+}
+
+/* One copy of the loops for each form and kind. */
+INLINED int round_any(int form, int kind, const uint8_t *raw, int64_t step, int64_t rows, int64_t row, uint8_t *to)
+{
+#define CASE(FORM, KIND)              \
+    if (form == FORM && kind == KIND) \
+        return round_rows(FORM, KIND, raw, step, rows, row, to);
+    CASE(FORM_INT8, BFLOAT16)
+    CASE(FORM_INT8, FLOAT16)
+    CASE(FORM_INT8, FLOAT32)
+    CASE(FORM_INT4, BFLOAT16)
+    CASE(FORM_INT4, FLOAT16)
+    CASE(FORM_INT4, FLOAT32)
+#undef CASE
+    return 0;
+}
+
+INLINED void restore_any(int form, int kind, const uint8_t *from, int64_t rows, int64_t row, uint8_t *raw, int64_t step)
+{
+#define CASE(FORM, KIND)              \
+    if (form == FORM && kind == KIND) \
+        restore_rows(FORM, KIND, from, rows, row, raw, step);
+    CASE(FORM_INT8, BFLOAT16)
+    CASE(FORM_INT8, FLOAT16)
+    CASE(FORM_INT8, FLOAT32)
+    CASE(FORM_INT4, BFLOAT16)
+    CASE(FORM_INT4, FLOAT16)
+    CASE(FORM_INT4, FLOAT32)
+#undef CASE
+}
+
 /* Returns the bytes of the stream, or 0 if the payload cannot be encoded, or not to at most `room` bytes. */
 INLINED int64_t encode(const uint8_t *raw, int64_t raw_bytes, int64_t row, int kind, uint8_t *stream, int64_t room)
 {
@@ -173,7 +269,29 @@ static void decode_plain(const uint8_t *stream, int64_t rows, int64_t row, int k
     decode_kind(stream, rows, row, kind, raw);
 }
 
+static int round_plain(int form, int kind, const uint8_t *raw, int64_t step, int64_t rows, int64_t row, uint8_t *to)
+{
+    return round_any(form, kind, raw, step, rows, row, to);
+}
+
+static void restore_plain(int form, int kind, const uint8_t *from, int64_t rows, int64_t row, uint8_t *raw, int64_t step)
+{
+    restore_any(form, kind, from, rows, row, raw, step);
+}
+
 #if defined(__x86_64__)
+__attribute__((target("avx2"))) static int round_avx2(int form, int kind, const uint8_t *raw, int64_t step, int64_t rows,
+                                                      int64_t row, uint8_t *to)
+{
+    return round_any(form, kind, raw, step, rows, row, to);
+}
+
+__attribute__((target("avx2"))) static void restore_avx2(int form, int kind, const uint8_t *from, int64_t rows, int64_t row,
+                                                         uint8_t *raw, int64_t step)
+{
+    restore_any(form, kind, from, rows, row, raw, step);
+}
+
 __attribute__((target("avx2"))) static int64_t encode_avx2(const uint8_t *raw, int64_t raw_bytes, int64_t row, int kind,
                                                            uint8_t *stream, int64_t room)
 {
@@ -193,12 +311,28 @@ static int with_avx2(int64_t plain)
 #else
 #define encode_avx2 encode_plain
 #define decode_avx2 decode_plain
+#define round_avx2 round_plain
+#define restore_avx2 restore_plain
 static int with_avx2(int64_t plain)
 {
     (void)plain;
     return 0;
 }
 #endif
+
+int lmcache_round_rows(int plain, int form, int kind, const uint8_t *raw, int64_t step, int64_t rows, int64_t row, uint8_t *to)
+{
+    return with_avx2(plain) ? round_avx2(form, kind, raw, step, rows, row, to)
+                            : round_plain(form, kind, raw, step, rows, row, to);
+}
+
+void lmcache_restore_rows(int plain, int form, int kind, const uint8_t *from, int64_t rows, int64_t row, uint8_t *raw, int64_t step)
+{
+    if (with_avx2(plain))
+        restore_avx2(form, kind, from, rows, row, raw, step);
+    else
+        restore_plain(form, kind, from, rows, row, raw, step);
+}
 
 static int is_kind(int64_t row, int64_t kind)
 {

@@ -35,13 +35,14 @@ static inline int lmcache_integers(const char *name, PyObject *const *args, Py_s
 #define NAME_OF(name) #name,
 
 /* A plane of paged KV: Plane of lmcache.transfer.paged, where the plane begins in an extent, and the step from token to token there.
- * Strides and offsets are in bytes. */
+ * Strides and offsets are in bytes. form: how extents hold the plane; kind: of its values, where they are rounded. */
 /* clang-format off */
 #define PLANE_NUMBERS(X)                                   \
     X(address) X(block_stride)                             \
     X(token_group) X(group_stride) X(token_stride)         \
     X(heads) X(head_stride)                                \
     X(dims) X(dim_group) X(dim_group_stride) X(dim_stride) \
+    X(form) X(kind)                                        \
     X(extent_offset) X(extent_row)
 /* clang-format on */
 
@@ -49,6 +50,14 @@ static inline int lmcache_integers(const char *name, PyObject *const *args, Py_s
 typedef struct {
     int64_t extent_offset, first_token, tokens, token_in_extent;
 } Run;
+
+/* How extents hold the head of a token: as it is, or as a row that int8.c rounds. The numbers are those of `Form` in Python. */
+enum { FORM_EXACT, FORM_INT8, FORM_INT4 };
+
+/* int8.c: rounds rows of `row` values of a kind, which begin `step` bytes apart, to rows that lie one behind the other, and restores
+ * them. plain: without AVX2. Returns 0 if a value is not finite or is the largest float32; the target is then of no use. */
+int lmcache_round_rows(int plain, int form, int kind, const uint8_t *raw, int64_t step, int64_t rows, int64_t row, uint8_t *to);
+void lmcache_restore_rows(int plain, int form, int kind, const uint8_t *from, int64_t rows, int64_t row, uint8_t *raw, int64_t step);
 
 /* copy.c: paged KV <-> extents. Ends with a zero entry. */
 extern PyMethodDef lmcache_copy_methods[];

@@ -198,7 +198,7 @@ def start(
     tiering = _start_tiers(config, loop, l1, specs, started)
     records_bytes = int(config.records_mb * 2**20)
     service = Service(loop, l1, config.chunk_size, workers, tiering, server_id, records_bytes)
-    service.eviction = eviction
+    service.eviction, service.l1_codec = eviction, config.l1_codec
     _observe(config, service, bool(specs), started)
     attaching = Attaching(
         loop, tiering, urls, lambda url: _tiers_of(config, runtime, server_id, [url])[0], workers, config.drain_seconds

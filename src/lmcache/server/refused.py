@@ -21,6 +21,7 @@ Reason = Literal[
     "version",
     "too many",
     "small L1",
+    "l1 codec",
     "no descriptor",
     "no hello",
 ]
@@ -51,6 +52,10 @@ EXPLAINED: dict[Reason, Explained] = {
     ),
     "small L1": Explained(
         "an engine whose single chunk is larger than L1", "raise `--l1-size-gb`, or lower `--chunk-size`"
+    ),
+    "l1 codec": Explained(
+        "an engine whose KV has another precision than the server's `--l1-codec` takes",
+        "change `lossy_kv` of the engine, or start the server with `--l1-codec auto`",
     ),
     "no descriptor": Explained(
         "a connection, because the server has no file descriptor left", "raise the limit of open files (`ulimit -n`)"

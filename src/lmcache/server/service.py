@@ -68,6 +68,8 @@ class Service:
         """What else /metrics shows, such as the names of the public project."""
         self.tracing: Tracing | None = None
         self.eviction = Eviction("LRU")
+        self.l1_codec = "auto"
+        """Which KV is taken, as `--l1-codec` says."""
         self.on_copied: list[Callable[[Peer, m.Copied], None]] = []
         """Called for each copy that a rank reports, in the loop's thread. They must not raise."""
         self._now, self.started = loop.now, loop.now()
@@ -184,6 +186,7 @@ class Service:
         layout = request.layout
         if layout.chunk_tokens != self.chunk_tokens:
             raise Refusal(f"the layout has {layout.chunk_tokens}-token chunks, this server {self.chunk_tokens}")
+        self._check_l1_codec(peer, request)
         name = space_fingerprint(layout, request.stages, request.group)
         reach = request.group.reach_chunks(layout.chunk_tokens) if request.group is not None else 0
         split = Split(tuple(request.stages) if len(request.stages) > 1 else (), request.shards)
@@ -194,7 +197,7 @@ class Service:
         try:
             space = self.l1.open_space(
                 *(peer.process, name, *shard, reach, request.share, family, split, expected, request.main),
-                kv_dtype=layout.kv_dtype,
+                kv_dtype=layout.stored_dtype,
                 rounded_row=layout.rounded_row,
             )
         except TooSmall as error:
@@ -212,6 +215,8 @@ class Service:
             "model_id": layout.model_id,
             "kv_dtype": layout.kv_dtype,
             "lossy_kv": layout.lossy_kv,
+            "l1_codec": layout.l1_codec,
+            "token_bytes": request.shard_bytes // _kept_tokens(request),
             "num_layers": layout.num_layers,
             "num_kv_heads": layout.num_kv_heads,
             "head_size": layout.head_size,
@@ -225,6 +230,20 @@ class Service:
         if request.follows:
             self.followers.follow(peer.process, space)
         return m.Registered(space, request.follows, True, self.eviction.learns or self.recording is not None)
+
+    def _check_l1_codec(self, peer: Peer, request: m.Register) -> None:
+        """Raise Refusal if this server does not take what the engine stores."""
+        layout, wanted = request.layout, self.l1_codec
+        if wanted in ("auto", layout.l1_codec):
+            return
+        remedy = "none" if wanted == "none" else f"{wanted}-l1"
+        takes = "exact KV" if wanted == "none" else f"KV in {wanted}"
+        why = (
+            f"this server takes only {takes} (--l1-codec {wanted}), and the engine has "
+            f"lossy_kv={layout.lossy_kv}: set lossy_kv={remedy} for the engine, or start the server with --l1-codec auto"
+        )
+        self.sessions.refused.note(f"{peer.who}, from {peer.host}", "l1 codec", why)
+        raise Refusal(why)
 
     def _lookup(self, peer: Peer, request: m.Lookup) -> m.Message:
         hashes = request.hashes
@@ -424,10 +443,15 @@ def _found(hit: Hit) -> m.Found:
     return m.Found(hit.chunks, hit.lease, hit.extents, 0, others, foreign)
 
 
+def _kept_tokens(request: m.Register) -> int:
+    """Return how many tokens of a chunk an extent holds."""
+    chunk = request.layout.chunk_tokens
+    return request.group.kept_tokens(chunk) if request.group is not None else chunk
+
+
 def _is_rectangular(request: m.Register, split: Split) -> bool:
     """Return whether each shard holds some layers and KV heads of the layout and nothing else, as far as this request shows."""
-    layout, group = request.layout, request.group
-    kept = group.kept_tokens(layout.chunk_tokens) if group is not None else layout.chunk_tokens
+    layout, kept = request.layout, _kept_tokens(request)
     try:
         size = split.shard(layout, max(0, request.shard)).token_bytes(layout) * kept
     except LayoutError:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lmcache.errors import LayoutError
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.cpu import CpuCopier
 from lmcache.transfer.paged import ExtentShape, PagedKV
@@ -67,6 +68,11 @@ def make_copiers(groups: Sequence[tuple[PagedKV, int]], threads: int = 1, runtim
     Raises:
         LayoutError: a copier does not support the paged KV.
     """
+    if groups[0][0].device != "cpu" and any(plane.form for paged, _ in groups for plane in paged.planes):
+        raise LayoutError(
+            "lossy_kv=int8-l1 is for engines on a CPU, since the copies of GPUs cannot round: use lossy_kv=int8 here, and "
+            "codec=int8 at the tiers (docs/codecs.md)"
+        )
     if groups[0][0].device == "cpu":
         return [CpuCopier(paged, tokens, threads, runtime) for paged, tokens in groups]
     from lmcache.transfer.gpu.copier import cuda_copiers  # imports torch and Triton, which only engines on a GPU have

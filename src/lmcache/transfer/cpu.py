@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache.compiled import native
-from lmcache.errors import LayoutError
+from lmcache.errors import LayoutError, Unroundable
 from lmcache.runtime import RUNTIME, Runtime
 from lmcache.transfer.bounds import Blocks, Bounds, Runs
 from lmcache.transfer.paged import ExtentShape, PagedKV
@@ -79,6 +79,7 @@ class CpuCopier:
 
         Raises:
             LayoutError: a block, token or extent is out of bounds; nothing was copied.
+            Unroundable: a value that extents hold rounded is not finite; what the extents hold is of no use.
         """
         self._copy(0, base, blocks, runs, arena_bytes)
 
@@ -150,7 +151,7 @@ class CpuCopier:
             claimed.ctypes.data,
         )
         if self._pool is None or size < _SPLIT_BYTES:
-            native.copy(*arguments)
+            _call(arguments, None)
             return
         kept = (claimed, blocks, runs)  # keeps the arrays alive, since the other threads have only their addresses
         others: list[Future[None]] = []
@@ -158,7 +159,7 @@ class CpuCopier:
             with suppress(RuntimeError):  # no thread can be started: this one does it, with those that there are
                 for _ in range(self._helpers):
                     others.append(self._pool.submit(_call, arguments, kept))
-            native.copy(*arguments)
+            _call(arguments, None)
         finally:
             # A helper that never started has nothing left to do: all pieces were taken. A running one ends with its piece.
             for other in others:
@@ -167,7 +168,8 @@ class CpuCopier:
 
 
 def _call(arguments: tuple[Any, ...], kept: object) -> None:
-    native.copy(*arguments)
+    if not native.copy(*arguments):
+        raise Unroundable("KV with an infinity, a NaN or the largest float32 cannot be rounded, and is not stored")
 
 
 def _packed_planes(paged: PagedKV, shape: ExtentShape) -> npt.NDArray[np.int64]:

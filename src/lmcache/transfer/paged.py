@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from lmcache.chunks.forms import KINDS, Form
 from lmcache.errors import LayoutError
 
 ITEM_BYTES = (1, 2, 4, 8)
@@ -23,7 +25,8 @@ class Plane:
                 + h * head_stride
                 + (d // dim_group) * dim_group_stride + (d % dim_group) * dim_stride
     Tokens and dims have two levels each, because kernels for matrix units keep pairs or tiles of them together (VNNI).
-    heads: KV heads of this rank. dims: elements of one head. `PagedKV` checks the numbers.
+    heads: KV heads of this rank. dims: elements of one head. form: how extents hold a head of a token; kind: the number of the
+    elements' dtype (`KINDS`), where they are rounded. `PagedKV` checks the numbers.
     """
 
     address: int
@@ -37,6 +40,12 @@ class Plane:
     dim_group: int
     dim_group_stride: int
     dim_stride: int
+    form: Form = Form.EXACT
+    kind: int = 0
+
+    def row_bytes(self, item_bytes: int) -> int:
+        """Return the bytes of one token in an extent. item_bytes: of one element in the paged KV."""
+        return self.heads * self.form.head_bytes(self.dims, item_bytes)
 
     @classmethod
     def strided(
@@ -112,10 +121,27 @@ class PagedKV:
         )
         return replace(self, planes=planes)
 
+    def rounded(self, forms: Sequence[Form], dtype: str) -> PagedKV:
+        """Return this paged KV, of values of this dtype, for extents that hold the planes of a layer in these forms.
+
+        Raises:
+            LayoutError: a plane cannot be rounded.
+        """
+        planes = tuple(
+            replace(plane, form=form, kind=KINDS.get(dtype, 0) if form else 0)
+            for plane, form in zip(self.planes, itertools.cycle(forms), strict=False)
+        )
+        for number, plane in enumerate(planes):
+            if not plane.form.takes(plane.dims, dtype):
+                raise LayoutError(
+                    f"plane {number}: heads of {plane.dims} values in {dtype} cannot be {plane.form.name}"
+                )
+        return replace(self, planes=planes)
+
     @functools.cached_property
     def token_bytes(self) -> int:
-        """Bytes of one token in all planes together."""
-        return sum(plane.heads * plane.dims for plane in self.planes) * self.item_bytes
+        """Bytes of one token in an extent, in all planes together."""
+        return sum(plane.row_bytes(self.item_bytes) for plane in self.planes)
 
     def shard_bytes(self, chunk_tokens: int) -> int:
         """Return the bytes of a shard of `chunk_tokens` tokens."""
@@ -133,7 +159,7 @@ class ExtentShape:
     @classmethod
     def of(cls, paged: PagedKV, tokens: int) -> ExtentShape:
         """Return the shape of extents of `tokens` tokens that hold these planes and nothing else."""
-        rows = [plane.heads * plane.dims * paged.item_bytes for plane in paged.planes]
+        rows = [plane.row_bytes(paged.item_bytes) for plane in paged.planes]
         starts = itertools.accumulate((tokens * row for row in rows), initial=0)
         return cls(tuple(zip(starts, rows, strict=False)), paged.shard_bytes(tokens))
 
@@ -157,7 +183,8 @@ def _axes(paged: PagedKV, plane: Plane) -> list[tuple[str, int, int]]:
 
 def _check_plane(paged: PagedKV, number: int, plane: Plane) -> None:
     for field in fields(plane):
-        value, least = getattr(plane, field.name), 0 if field.name.endswith("_stride") else 1
+        may_be_zero = field.name.endswith("_stride") or field.name in ("form", "kind")
+        value, least = getattr(plane, field.name), 0 if may_be_zero else 1
         if value < least:
             raise LayoutError(f"plane {number}: {field.name} is {value}; it must be at least {least}")
     if paged.block_tokens % plane.token_group:

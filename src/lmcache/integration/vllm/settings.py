@@ -63,10 +63,11 @@ SETTINGS: dict[str, Setting] = {
         str, "", "A name for the weights, for weights that cannot be identified. Without it: from the weights."
     ),
     "lossy_kv": Setting(
-        word("none", "int8"),
+        word("none", "int8", "int8-l1", "k8v4-l1"),
         "none",
-        "`int8`: the engine accepts KV that tiers with `codec=int8` have rounded, and has KV under names of its own. `none`: "
-        "exact KV only. See [codecs](../codecs.md).",
+        "`int8`: the engine accepts KV that tiers with `codec=int8` have rounded, and has KV under names of its own. `int8-l1`: "
+        "the engine rounds what it stores, so that memory holds about twice the tokens (CPU only). `k8v4-l1`: the same with V in "
+        "4 bits, for 2.4 times the tokens and larger errors. `none`: exact KV only. See [codecs](../codecs.md).",
     ),
     "synchronous_loads": Setting(
         word("auto", "never"),
