@@ -77,6 +77,11 @@ def generate(
     return {"outputs": [describe(output) for output in outputs]}
 
 
+def encode(llm: Any, text: str) -> dict[str, Any]:
+    """The tokens of a text, without any that stand before or behind every text."""
+    return {"tokens": llm.get_tokenizer().encode(text, add_special_tokens=False)}
+
+
 def ways(llm: Any, prompt: list[int]) -> dict[str, Any]:
     """What vLLM makes of a prompt in other ways: several samples, beams, tokens of a given form, and the prompt's own numbers."""
     from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
@@ -466,6 +471,7 @@ def caches_of(llm: Any) -> list[Any]:
 
 COMMANDS = {
     "generate": generate,
+    "encode": encode,
     "ways": ways,
     "embed": embed,
     "reset": reset,

@@ -407,8 +407,9 @@ def load_engine(
     return EngineSettings(config, shown, sources, tuple(warnings))
 
 
-def load_blending(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the settings of blending that are given, in the environment or in the file that it names: name -> value.
+def load_blending(environ: Mapping[str, str] | None = None, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the settings of blending that are given, in `extra` (as for `load_engine`), in the environment or in the file that
+    it names: name -> value.
 
     Raises:
         ConfigError: as `load_engine`, of these settings only.
@@ -416,6 +417,7 @@ def load_blending(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     environ = os.environ if environ is None else environ
     found = _from_file(Path(environ[FILE_VARIABLE])) if environ.get(FILE_VARIABLE) else {}
     found |= _from_environment(environ, [])
+    found |= _from_extra(extra or {}, [])
     return {name: found[name].parsed(parse) for name, parse, _ in _BLENDING if name in found}
 
 
