@@ -82,6 +82,62 @@ def encode(llm: Any, text: str) -> dict[str, Any]:
     return {"tokens": llm.get_tokenizer().encode(text, add_special_tokens=False)}
 
 
+def blend(llm: Any, **settings: Any) -> dict[str, Any]:
+    """From now on blend by these settings of `Blending`. Answers why nothing is blended, "" if it is."""
+    import dataclasses
+
+    blends = scheduler_side(llm)._blends
+    if blends is None:
+        return {"refusal": "off"}
+    blends._settings = dataclasses.replace(blends._settings, **settings)
+    return {"refusal": blends.refusal}
+
+
+def break_blends(llm: Any, how: str) -> dict[str, Any]:
+    """The next request into which passages are blended fails: a `copy` of a passage, or the `forward` that computes again."""
+    passages = rank_worker()._passages
+    owner, name = (passages._blender, "compute") if how == "forward" else (passages._session, "_run_load")
+
+    def fail(*given: Any, **more: Any) -> None:
+        setattr(owner, name, kept)
+        raise RuntimeError("broken by a test")
+
+    kept = getattr(owner, name)
+    setattr(owner, name, fail)
+    return {"ok": True}
+
+
+def mend_blends(llm: Any) -> dict[str, Any]:
+    """Blend again after a failure that has ended blending. Answers why it ended."""
+    why, scheduler_side(llm)._blends.refusal, rank_worker()._passages.refusal = (
+        scheduler_side(llm)._blends.refusal,
+        "",
+        "",
+    )
+    return {"refusal": why}
+
+
+def preempt(llm: Any, prompt: list[int], steps: int) -> dict[str, Any]:
+    """Start the prompt, take its blocks away after so many steps, and let it run on. Answers what it had computed by then."""
+    from vllm import SamplingParams
+
+    engine, name = llm.llm_engine, f"preempted-{time.monotonic_ns()}"
+    parameters = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+    for _ in range(steps):
+        engine.step()
+    (request,) = engine.engine_core.engine_core.scheduler.requests.values()
+    computed, found = request.num_computed_tokens, []
+    engine.reset_prefix_cache(reset_running_requests=True)
+    while engine.has_unfinished_requests():
+        found += [len(one.outputs[0].token_ids) for one in engine.step() if one.finished]
+    return {"computed": computed, "preemptions": request.num_preemptions, "tokens": found}
+
+
+def scheduler_side(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+
+
 def ways(llm: Any, prompt: list[int]) -> dict[str, Any]:
     """What vLLM makes of a prompt in other ways: several samples, beams, tokens of a given form, and the prompt's own numbers."""
     from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
@@ -472,6 +528,10 @@ def caches_of(llm: Any) -> list[Any]:
 COMMANDS = {
     "generate": generate,
     "encode": encode,
+    "blend": blend,
+    "break_blends": break_blends,
+    "mend_blends": mend_blends,
+    "preempt": preempt,
     "ways": ways,
     "embed": embed,
     "reset": reset,

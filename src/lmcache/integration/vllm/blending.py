@@ -78,6 +78,7 @@ def refuse_blending(vllm_config: Any, kv: ModelKV) -> None:
         f"of runner type {model.runner_type}": model.runner_type != "generate",
         f"with KV of dtype {kv.model.kv_dtype}": kv.model.kv_dtype not in _DTYPES
         or str(model.dtype) != f"torch.{kv.model.kv_dtype}",
+        "with KV events": bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
         f"for kv_role {transfer.kv_role}": not (transfer.is_kv_consumer and transfer.is_kv_producer),
     }
     for reason, is_so in reasons.items():

@@ -172,7 +172,7 @@ class Passages:
                     self._turn(place + first, usable.tokens, first, usable.start)
                     self._room.put(place + first, usable, plan.blocks)
                 again = self._blender.compute(plan.tokens, plan.blocks, plan.blend)
-        except (*NOT_SERVED, RuntimeError) as error:  # also of PyTorch, such as too little memory
+        except NOT_SERVED as error:  # also of PyTorch, such as too little memory
             self.refusal = self.report.no_blending = str(error) or type(error).__name__
             logger.warning("Nothing is blended any more: %s", self.refusal)
             return False

@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 from lmcache.chunks.hashing import Extras, encode_extra
 from lmcache.config.engine import EngineConfig
-from lmcache.engine import Loading, LoadPlan, Request, Requests, SchedulerSession, StorePlan
+from lmcache.engine import Loading, LoadPlan, Request, Requests, SchedulerSession
 from lmcache.engine.blending import Blend, Blending
 from lmcache.engine.prefill import TokenRate
 from lmcache.engine.requests import GroupTable
 from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.integration.vllm import handover
 from lmcache.integration.vllm.blending import Blends, hide, wanted
+from lmcache.integration.vllm.held import HeldBlocks
 from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.kv_events import Events, KVEvents
 from lmcache.integration.vllm.plan import NOT_ASKED, StepPlan, StepReport
@@ -112,12 +113,10 @@ class SchedulerSide:
         self._groups, self._numbers = groups, numbers
         self._fails_by_request = len(set(numbers)) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`
         self._block_tokens, self._ranks = groups[0].block_tokens, ranks
-        self._pool: Any = None
-        """vLLM's block pool, if vLLM may reuse blocks while stores read them: those that leave a window, and where it writes
-        zeros, those of preempted requests."""
         self._zeroes, self._holds = zeroes, zeroes or any(group.reach_tokens for group in groups)
-        self._held: dict[str, list[Any]] = {}
-        """Store job -> vLLM's blocks that it reads, until it has ended or is about to be settled."""
+        self._held = HeldBlocks(groups)
+        """Blocks that vLLM may reuse while stores read them: those that leave a window, and where it writes zeros, those of
+        preempted requests."""
         self._can_load, self._can_store = can_load, can_store
         self._names_items, self._adapts_items = names_items, adapts_items
         self._told = ""
@@ -213,7 +212,7 @@ class SchedulerSide:
 
     def bind_pool(self, pool: Any) -> None:
         if self._holds:
-            self._pool = pool
+            self._held.bind(pool)
 
     def allocated(self, request: Any, blocks: Sequence[Sequence[int]], external_tokens: int) -> None:
         """Record the request's block tables by vLLM's groups, and plan to load the `external_tokens` after the local hit."""
@@ -221,9 +220,13 @@ class SchedulerSide:
         self._set_tables(tracker, blocks)
         if tracker.local_tokens and self.requests.own_cache_outdated:
             tracker.cacheable = False
-        if self._blends is not None and tracker.blend is not None and external_tokens > 0:
-            blend = tracker.blend
-            tracker.blend, tracker.exact = None, blend.exact
+        blend, tracker.blend = tracker.blend, None
+        if self._blends is not None and blend is not None and external_tokens > 0:
+            if external_tokens != blend.end - tracker.local_tokens:  # vLLM takes them for filled
+                raise RuntimeError(
+                    f"vLLM has not taken what was blended into {tracker.id}: this release cannot be served"
+                )
+            tracker.exact = blend.exact
             hide(request, blend.exact, self._block_tokens)
             self._blends.plan(tracker, request.all_token_ids, blend, tracker.local_tokens)
             self.requests.stores_no_more(tracker)
@@ -250,8 +253,9 @@ class SchedulerSide:
             self._filled = plan.emptied
         self._running.update(output.num_scheduled_tokens)
         runtime = self.requests.runtime
-        # A step whose forward waits for a load does not measure prefill.
-        waits = any(load.synchronous for _, load in self._admitted)
+        # A step whose forward waits for a load, or that computes what is blended, does not measure prefill.
+        blending = self._blends is not None and bool(self._blends.running)
+        waits = blending or any(load.synchronous for _, load in self._admitted)
         self.requests.prefill.step(runtime.now(), 0 if waits else output.total_num_scheduled_tokens)
         if self._tiers_load and not plan.forward:
             runtime.sleep(TIER_PAUSE_SECONDS)  # nothing is computed: leave the cores to the loads
@@ -324,7 +328,7 @@ class SchedulerSide:
             # Releases of vLLM without worker metadata report stores in no other way.
             for job_id in tuple(self._closing.pop(request_id).jobs if request_id in self._closing else ()):
                 requests.stored(job_id)
-        self._let_go([job for job in self._held if job not in requests.storing])
+        self._held.let_go([job for job in self._held.jobs if job not in requests.storing])
         if self._blends is not None:
             self._blends.transferred(ended, report)
         if report.weights > self._weights:
@@ -362,14 +366,14 @@ class SchedulerSide:
 
     def release_blocks(self) -> None:
         """Give back the blocks that are held for stores: vLLM is about to take all blocks away."""
-        self._settle(list(self._held))
+        self._settle(self._held.jobs)
 
     def _settle(self, jobs: Iterable[str]) -> None:
         """Let the ranks settle these stores before the next step. Nothing is written into their blocks before that, unless vLLM
         writes zeros to them first."""
         self._plan.settle.extend(jobs)
         if not self._zeroes:
-            self._let_go(jobs)
+            self._held.let_go(jobs)
 
     def reset(self) -> None:
         """Serve nothing that was computed before: the weights may be other ones from the next step on."""
@@ -480,38 +484,10 @@ class SchedulerSide:
         before = request.num_computed_tokens
         store = self.requests.store(tracker, request.all_token_ids, computed, ends=ends, before=before)
         if store is not None:
-            self._hold(store)
+            self._held.hold(store)
             plan.stores.append(store)
             if self.events is not None:
                 self.events.stores(tracker)
-
-    def _hold(self, store: StorePlan) -> None:
-        """Keep vLLM from reusing the blocks that a store reads before it has ended."""
-        if self._pool is None:
-            return
-        held = self._held[store.job_id] = []
-        for group, part in zip(self._groups, (store, *store.others), strict=True):
-            first = part.start // group.block_tokens
-            if group.reach_tokens:  # of each chunk, the blocks in reach of its end; those before may be null or reused
-                ends = range(part.start + part.chunk_tokens, part.end + 1, part.chunk_tokens)
-                numbers = {
-                    at
-                    for end in ends
-                    for at in range(
-                        (end - min(group.reach_tokens, part.chunk_tokens)) // group.block_tokens,
-                        end // group.block_tokens,
-                    )
-                }
-            else:
-                numbers = set(range(first, len(part.blocks)))
-            held += [self._pool.blocks[part.blocks[number]] for number in sorted(numbers)]
-        self._pool.touch(held)
-
-    def _let_go(self, jobs: Iterable[str]) -> None:
-        """Give back the blocks that are held for these stores."""
-        for job in jobs:
-            if job in self._held:
-                self._pool.free_blocks(reversed(self._held.pop(job)))
 
     def _awaits_ranks(self, tracker: Tracker) -> bool:
         """Return whether a rank may still fail a load that the request's tokens depend on: other ranks would store them."""
