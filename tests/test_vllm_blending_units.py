@@ -11,7 +11,7 @@ from lmcache.chunks.passages import Passage
 from lmcache.engine import Loading, Request
 from lmcache.engine.blending import Blend, Blending, consecutive
 from lmcache.errors import LayoutError
-from lmcache.integration.vllm.blending import Blends, given_blending, hide, refuse_blending, wanted
+from lmcache.integration.vllm.blending import Blends, given_blending, hide, refuse_blending
 from lmcache.integration.vllm.plan import StepReport
 
 BLOCK = 128
@@ -120,14 +120,6 @@ def test_blocks_that_are_not_exact_are_found_by_nobody() -> None:
     assert short.block_hashes == off.block_hashes == []
 
 
-def test_who_is_asked_for_blending() -> None:
-    def request(tokens: int = 9, params: Any = None) -> Any:
-        return SimpleNamespace(num_tokens=tokens, num_prompt_tokens=9, kv_transfer_params=params)
-
-    assert wanted(request()) and wanted(request(params={"x": 1})) and wanted(request(params={"lmcache.blend": True}))
-    assert not wanted(request(10)) and not wanted(request(params={"lmcache.blend": False}))
-
-
 class Server:
     """`Requests` whose server has so many tokens of each passage, in chunks of 16, by the passage's first token."""
 
@@ -178,7 +170,8 @@ PROMPT = [1, *([0, *range(1000, 1040)]), *([0, *range(2000, 2050)]), *([0, *rang
 
 def blends(server: Server) -> tuple[Blends, Any]:
     made = Blends(server, Blending(separator=(0,), min_tokens=20), BLOCK, One)  # type: ignore[arg-type]
-    tracker = SimpleNamespace(id="r", salt="salt", adapter=("", ""), hit=None, blocks=[4, 5])
+    request = SimpleNamespace(num_tokens=len(PROMPT), num_prompt_tokens=len(PROMPT), kv_transfer_params=None)
+    tracker = SimpleNamespace(id="r", salt="salt", adapter=("", ""), hit=None, blocks=[4, 5], request=request)
     server.open["r"] = tracker
     return made, tracker
 
@@ -199,6 +192,20 @@ def test_what_is_found_is_planned() -> None:
     assert server.told == [("r", 2, 58, 9)] and not made.running
     made.transferred((), StepReport(no_blending="memory"))
     assert made.find(tracker, PROMPT, 16) is None
+
+
+def test_who_is_blended() -> None:
+    """Who does not ask for the contrary, and has computed nothing yet. Passages of the others can be stored."""
+    for params, computed, blended in (
+        (None, 0, True),
+        ({"lmcache.blend": True, "x": 1}, 0, True),
+        ({"lmcache.blend": False}, 0, False),
+        (None, 1, False),
+    ):
+        made, tracker = blends(Server(p1000=48))
+        tracker.request.kv_transfer_params, tracker.request.num_tokens = params, len(PROMPT) + computed
+        assert (made.find(tracker, PROMPT, 0) is not None) == blended
+        assert [one.passage for one in made.stores(tracker, PROMPT, 93)] == [Passage(2, 42), Passage(43, 93)]
 
 
 def test_too_little_is_given_back() -> None:

@@ -117,6 +117,12 @@ def mend_blends(llm: Any) -> dict[str, Any]:
     return {"refusal": why}
 
 
+def wait_for_passages(llm: Any) -> dict[str, Any]:
+    """Return when the passages that are being stored have been stored. They hold up no engine, and no block."""
+    copies = rank_worker()._passages._copies
+    return {"ok": copies.wait(copies.running(), 240)}
+
+
 def preempt(llm: Any, prompt: list[int], steps: int) -> dict[str, Any]:
     """Start the prompt, take its blocks away after so many steps, and let it run on. Answers what it had computed by then."""
     from vllm import SamplingParams
@@ -532,6 +538,7 @@ COMMANDS = {
     "break_blends": break_blends,
     "mend_blends": mend_blends,
     "preempt": preempt,
+    "wait_for_passages": wait_for_passages,
     "ways": ways,
     "embed": embed,
     "reset": reset,

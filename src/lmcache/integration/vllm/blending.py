@@ -105,15 +105,15 @@ class Blends:
 
     def find(self, tracker: Any, tokens: Sequence[int], have: int) -> Blend | Loading | None:
         """Look up the passages of a prompt behind the first `have` tokens, which are exact. Return what is blended, None for
-        nothing."""
-        if self.refusal:
-            return None
+        nothing. A prompt that is not to be blended has passages that can be stored, all the same."""
         passages, end = self._settings.passages(list(tokens))
         parts = self._parts.get(tracker.id)
         if parts is None:
             parts = self._parts[tracker.id] = [
                 (passage, self._request(tracker, passage)) for passage in passages if passage.end > have
             ]
+        if self.refusal or not _wanted(tracker.request):
+            return None
         usable: list[Passage] = []
         for passage, request in parts:
             found = self._requests.find(request, list(tokens[passage.start : passage.end]))
@@ -196,13 +196,6 @@ class Blends:
         return request
 
 
-def wanted(request: Any) -> bool:
-    """Return whether passages may be blended into this request: it has computed nothing yet, and has not asked for none."""
-    params = getattr(request, "kv_transfer_params", None)
-    asked = params.get(KEY, True) if isinstance(params, dict) else True
-    return bool(asked) and request.num_tokens == request.num_prompt_tokens
-
-
 def hide(request: Any, exact: int, block_tokens: int) -> None:
     """Let no other request find this one's blocks in vLLM's own prefix cache, but for those of its first `exact` tokens.
 
@@ -215,6 +208,13 @@ def hide(request: Any, exact: int, block_tokens: int) -> None:
         made_up = type(hashes[0])(secrets.token_bytes(len(hashes[0])))
         request.block_hashes = [*hashes[:kept], made_up]
         request.update_block_hashes()
+
+
+def _wanted(request: Any) -> bool:
+    """Return whether passages may be blended into this request: it has computed nothing yet, and has not asked for none."""
+    params = getattr(request, "kv_transfer_params", None)
+    asked = params.get(KEY, True) if isinstance(params, dict) else True
+    return bool(asked) and request.num_tokens == request.num_prompt_tokens
 
 
 def _given(vllm_config: Any) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from lmcache.engine.prefill import TokenRate
 from lmcache.engine.requests import GroupTable
 from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.integration.vllm import handover
-from lmcache.integration.vllm.blending import Blends, hide, wanted
+from lmcache.integration.vllm.blending import Blends, hide
 from lmcache.integration.vllm.held import HeldBlocks
 from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.kv_events import Events, KVEvents
@@ -185,7 +185,7 @@ class SchedulerSide:
     def _find_blend(self, tracker: Tracker, local_tokens: int) -> Blend | Loading | None:
         """Look up passages behind the prefix that was found. Return what is to be blended into the prompt, None for nothing."""
         plain = tracker.cacheable and tracker.may_load and tracker.extras is None and tracker.tail_leaves is None
-        if self._blends is None or not plain or tracker.exact is not None or not wanted(tracker.request):
+        if self._blends is None or not plain or tracker.exact is not None:
             return None
         return self._blends.find(tracker, tracker.request.all_token_ids, max(local_tokens, tracker.found_tokens))
 
