@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -207,7 +207,7 @@ class Connector:
             )
             for one, at in zip(served, held, strict=True)
         ]
-        passages, no_blending = self._passages_of(kv, groups[0], registered[0], number, address)
+        passages, no_blending = self._passages_of(kv, groups, registered, number, address)
         self._worker = WorkerSide(
             WorkerSession(endpoint, *groups),
             registered,
@@ -224,7 +224,7 @@ class Connector:
         )
 
     def _passages_of(
-        self, kv: ModelKV, group: RankGroup, registered: Registered, number: int, address: str
+        self, kv: ModelKV, groups: Sequence[RankGroup], registered: Sequence[Registered], number: int, address: str
     ) -> tuple[Passages | None, str]:
         """Return what blends in this rank, None for nothing; and why not, "" if the scheduler knows by itself."""
         settings = given_blending(self._vllm_config)
@@ -238,7 +238,8 @@ class Connector:
 
         endpoint = self._settings.endpoint(self._instance, "worker", kv.ranks + number, address)
         try:
-            return passages_of(self._vllm_config, self._kv_cache_config, kv, settings, group, registered, endpoint), ""
+            given = self._vllm_config, self._kv_cache_config, kv, settings, groups[0], registered[0], endpoint
+            return passages_of(*given), ""
         except NOT_SERVED as error:
             return None, refusal_of(error, "vLLM")
 
