@@ -205,7 +205,7 @@ def test_who_is_blended() -> None:
         made, tracker = blends(Server(p1000=48))
         tracker.request.kv_transfer_params, tracker.request.num_tokens = params, len(PROMPT) + computed
         assert (made.find(tracker, PROMPT, 0) is not None) == blended
-        assert [one.passage for one in made.stores(tracker, PROMPT, 93)] == [Passage(2, 42), Passage(43, 93)]
+        assert [one.passage for one in made.stores(tracker, 93)] == [Passage(2, 42), Passage(43, 93)]
 
 
 def test_too_little_is_given_back() -> None:
@@ -223,12 +223,12 @@ def test_too_little_is_given_back() -> None:
 def test_passages_are_stored_as_far_as_the_prompt_is_exact() -> None:
     server = Server()
     made, tracker = blends(server)
-    assert made.find(tracker, PROMPT, 0) is None and made.stores(tracker, PROMPT, 41) == []
-    (store,) = made.stores(tracker, PROMPT, 92)
+    assert made.find(tracker, PROMPT, 0) is None and made.stores(tracker, 41) == []
+    (store,) = made.stores(tracker, 92)
     assert (store.passage, store.plan.first, store.plan.blocks, store.blocks) == (Passage(2, 42), 1000, [], [4])
-    assert [one.passage for one in made.stores(tracker, PROMPT, 93)] == [Passage(2, 42), Passage(43, 93)]
+    assert [one.passage for one in made.stores(tracker, 93)] == [Passage(2, 42), Passage(43, 93)]
     made.ended("r")
-    assert made.stores(tracker, PROMPT, 93) == []
+    assert made.stores(tracker, 93) == []
 
 
 def test_consecutive_tokens() -> None:

@@ -114,7 +114,7 @@ def test_answers_are_those_of_another_implementation(engine: Engine, server: Ser
     expected = json.loads(said.rpartition("ANSWER ")[2])
     engine.generate([before], salts=salts)
     settle(engine)
-    cold = engine.generate([texts.prompt(documents)], salts=["reference, alone"])
+    cold = engine.generate([texts.prompt(documents)], salts=["reference, alone"], transfer=OFF)
     for plan, one in zip(PLANS, expected, strict=True):
         engine.ask("blend", **plan)
         had = counted(server)
@@ -168,9 +168,6 @@ def test_what_is_not_blended(engine: Engine, server: Server, texts: Texts) -> No
     engine.ask("blend", min_tokens=100)
     assert engine.generate([texts.prompt([32, 31], question=40)], salts=["a"])[0]["cached"] <= len(BEGINNING)
     engine.ask("blend", min_tokens=32)
-    assert engine.generate([texts.prompt([31, 32, 33], question=60)], salts=["a"])[0]["cached"] <= texts.context(
-        [31, 32, 33]
-    )
     assert since(server, had) == [0, 0, 0]
     assert engine.generate([texts.prompt([32, 33, 31])], salts=["a"])[0]["cached"] == texts.context([32, 33, 31])
 
@@ -196,7 +193,7 @@ def test_failures_are_computed(engine: Engine, server: Server, texts: Texts) -> 
     settle(engine)
     for order, how in (([53, 51], "copy"), ([52, 53], "forward")):
         prompt = texts.prompt(order)
-        cold = engine.generate([prompt], salts=["failures, alone"])
+        cold = engine.generate([prompt], salts=["failures, alone"], transfer=OFF)
         engine.ask("break_blends", how=how)
         assert_same(engine.generate([prompt], salts=salts), cold)
         why = engine.ask("mend_blends")["refusal"]
@@ -218,7 +215,7 @@ def test_aborted_and_preempted_requests(engine: Engine, server: Server, texts: T
     told = engine.ask("preempt", prompt=prompt, steps=5)
     assert told["computed"] >= texts.context([63, 62, 61]) and told["preemptions"] and told["tokens"] == [8]
     engine.wait_until(lambda: since(server, had)[0] == 1, "what was blended", 60)
-    cold = engine.generate([prompt], salts=["cold"])
+    cold = engine.generate([prompt], salts=["cold"], transfer=OFF)
     assert_same(engine.generate([prompt], transfer=OFF), cold)
     engine.forget()
     assert_same(engine.generate([prompt], transfer=OFF), cold)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmcache.chunks.passages import Passage
 from lmcache.config.engine import load_blending
@@ -86,6 +86,14 @@ def refuse_blending(vllm_config: Any, kv: ModelKV) -> None:
             raise LayoutError(f"blending is not there {reason}")
 
 
+class _Part(NamedTuple):
+    """A passage of a prompt, its own request, and its tokens."""
+
+    passage: Passage
+    request: Request
+    tokens: list[int]
+
+
 class Blends:
     """What is blended into the requests of one scheduler. block_tokens: of a scheduler block. new: makes a request of `requests`,
     for a passage."""
@@ -95,8 +103,8 @@ class Blends:
     ) -> None:
         self._new = new
         self._requests, self._settings, self._block_tokens = requests, settings, block_tokens
-        self._parts: dict[str, list[tuple[Passage, Request]]] = {}
-        """By request, the passages that were looked up: those of which something is not in the prefix that was found."""
+        self._parts: dict[str, tuple[list[_Part], int]] = {}
+        """By request, the passages of which something is not in the prefix that was found, and where the question begins."""
         self._planned: list[BlendPlan] = []
         self.running: dict[str, BlendPlan] = {}
         """By request, what is being blended."""
@@ -106,17 +114,17 @@ class Blends:
     def find(self, tracker: Any, tokens: Sequence[int], have: int) -> Blend | Loading | None:
         """Look up the passages of a prompt behind the first `have` tokens, which are exact. Return what is blended, None for
         nothing. A prompt that is not to be blended has passages that can be stored, all the same."""
-        passages, end = self._settings.passages(list(tokens))
-        parts = self._parts.get(tracker.id)
-        if parts is None:
-            parts = self._parts[tracker.id] = [
-                (passage, self._request(tracker, passage)) for passage in passages if passage.end > have
-            ]
+        if tracker.id not in self._parts:  # called at every step that the request waits
+            prompt = list(tokens)
+            passages, end = self._settings.passages(prompt)
+            new = [self._part(tracker, passage, prompt) for passage in passages if passage.end > have]
+            self._parts[tracker.id] = new, end
+        parts, end = self._parts[tracker.id]
         if self.refusal or not _wanted(tracker.request):
             return None
         usable: list[Passage] = []
-        for passage, request in parts:
-            found = self._requests.find(request, list(tokens[passage.start : passage.end]))
+        for passage, request, own in parts:
+            found = self._requests.find(request, own)
             if isinstance(found, Loading):
                 return found
             one = Passage(max(passage.start, have), passage.start + min(request.found_tokens, passage.tokens))
@@ -137,7 +145,7 @@ class Blends:
         else:
             self._requests.give_back(tracker)
         loads: list[tuple[Passage, LoadPlan]] = []
-        for passage, request in self._parts[tracker.id]:
+        for passage, request, _ in self._parts[tracker.id][0]:
             usable = next((one for one in blend.blended if passage.start <= one.start < passage.end), None)
             if usable is None or request.hit is None:
                 self._requests.give_back(request)
@@ -160,12 +168,13 @@ class Blends:
                 plan.prefix.blocks = plan.blocks
         return plans
 
-    def stores(self, tracker: Any, tokens: Sequence[int], exact: int) -> list[PassageStore]:
+    def stores(self, tracker: Any, exact: int) -> list[PassageStore]:
         """Return the stores of passages within the first `exact` tokens, which are exact, that the server does not have."""
         found = []
-        for passage, request in self._parts.get(tracker.id, ()):
-            own = list(tokens[passage.start : passage.end]) if passage.end <= exact and not request.jobs else []
-            plan = self._requests.store(request, own, len(own), ends=True) if own else None
+        parts, _ = self._parts.get(tracker.id, ((), 0))
+        for passage, request, own in parts:
+            known = passage.end > exact or request.jobs
+            plan = self._requests.store(request, own, len(own), ends=True) if not known else None
             if plan is not None:
                 plan.blocks = []
                 blocks = tracker.blocks[: -(-passage.end // self._block_tokens)]
@@ -184,16 +193,16 @@ class Blends:
     def ended(self, request_id: str) -> None:
         """Give back what a request that has ended has found."""
         self.running.pop(request_id, None)
-        self._give_back(self._parts.pop(request_id, []))
+        self._give_back(self._parts.pop(request_id, ((), 0))[0])
 
-    def _give_back(self, parts: Sequence[tuple[Passage, Request]]) -> None:
-        for _, request in parts:
+    def _give_back(self, parts: Sequence[_Part]) -> None:
+        for _, request, _ in parts:
             self._requests.give_back(request)
 
-    def _request(self, tracker: Any, passage: Passage) -> Request:
+    def _part(self, tracker: Any, passage: Passage, prompt: list[int]) -> _Part:
         request = self._new("", tracker.salt, tracker.adapter, passage=DONOR, tail_leaves=0, stores_tail=True)
         request.blocks = list(range(-(-passage.tokens // self._block_tokens)))  # whose numbers mean nothing
-        return request
+        return _Part(passage, request, prompt[passage.start : passage.end])
 
 
 def hide(request: Any, exact: int, block_tokens: int) -> None:

@@ -479,7 +479,7 @@ class SchedulerSide:
         if tracker.exact is not None:
             computed = min(computed, tracker.exact)
         if self._blends is not None:
-            plan.passages += self._blends.stores(tracker, request.all_token_ids, computed)
+            plan.passages += self._blends.stores(tracker, computed)
         ends = computed == request.num_prompt_tokens
         before = request.num_computed_tokens
         store = self.requests.store(tracker, request.all_token_ids, computed, ends=ends, before=before)

@@ -267,6 +267,7 @@ class WorkerSide:
         plan, done = copy.plan, copy.done
         assert done is not None
         if self._passages is not None and self._passages.owns(copy):
+            self._unread.discard(plan.job_id)
             return
         if isinstance(plan, LoadPlan):
             self._loaded(plan, done)
