@@ -123,6 +123,52 @@ def wait_for_passages(llm: Any) -> dict[str, Any]:
     return {"ok": copies.wait(copies.running(), 240)}
 
 
+def turn_keys(llm: Any) -> dict[str, Any]:
+    """By kind of vLLM's RoPE, for `halves` and `neighbours`: how its keys turn and the largest error of turned keys, relative to
+    the largest of them; or why it is refused."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from lmcache.engine.rope import found_turns, tried_positions
+    from lmcache.errors import LayoutError
+    from lmcache.integration.vllm.blender import _frequencies
+
+    plain = {"rope_theta": 10000.0}
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 512}
+    kinds: dict[str, dict[str, Any]] = {
+        "default": plain | {"rope_type": "default"},
+        "partial": plain | {"rope_type": "default", "partial_rotary_factor": 0.5},
+        "llama3": plain | llama3 | {"rope_type": "llama3"},
+        "yarn": plain | yarn | {"rope_type": "yarn"},
+        "dynamic": plain | {"rope_type": "dynamic", "factor": 2.0},
+    }
+    found: dict[str, Any] = {}
+    keys = torch.randn(1, 2 * 64)
+    for kind, parameters in kinds.items():
+        for halves in (True, False):
+            name = f"{kind} {'halves' if halves else 'neighbours'}"
+            with set_current_vllm_config(llm.llm_engine.vllm_config):
+                rope = get_rope(64, 2048, is_neox_style=halves, rope_parameters=parameters, dtype=torch.float32)
+
+            def at(places: list[int], rope: Any = rope) -> torch.Tensor:
+                many = keys.repeat(len(places), 1)
+                made = rope.forward_native(torch.tensor(places), many.clone(), many.clone())[1]
+                return made.view(len(places), 2, 1, 64)
+
+            try:
+                places = tried_positions(2048)
+                (turn,) = found_turns([at(places)], places, _frequencies(torch.nn.ModuleList([rope])), ["one"])
+            except LayoutError as error:
+                found[name] = str(error)
+                continue
+            moved = turn.turned(at([3])[0], torch.tensor([3]), torch.tensor([1900]))
+            there = at([1900])[0]
+            found[name] = [turn.pairs, float((moved - there).abs().max() / there.abs().max())]
+    return found
+
+
 def preempt(llm: Any, prompt: list[int], steps: int) -> dict[str, Any]:
     """Start the prompt, take its blocks away after so many steps, and let it run on. Answers what it had computed by then."""
     from vllm import SamplingParams
@@ -538,6 +584,7 @@ COMMANDS = {
     "break_blends": break_blends,
     "mend_blends": mend_blends,
     "preempt": preempt,
+    "turn_keys": turn_keys,
     "wait_for_passages": wait_for_passages,
     "ways": ways,
     "embed": embed,

@@ -155,6 +155,15 @@ def test_a_prompt_after_a_blended_one_is_cold_bit_for_bit(
     assert differs(blended, answers[:1])
 
 
+def test_keys_turn_as_vllms_rope_has_them(engine: Engine) -> None:
+    found = engine.ask("turn_keys")
+    for kind in ("default", "partial", "llama3", "yarn"):
+        for pairs in ("halves", "neighbours"):
+            told, error = found[f"{kind} {pairs}"]
+            assert told == pairs and error < 1e-6, found
+    assert "DynamicNTKScalingRotaryEmbedding" in found["dynamic halves"]
+
+
 def test_what_is_not_blended(engine: Engine, server: Server, texts: Texts) -> None:
     """Too short, without separators, by wish, of another salt, or found as a prefix."""
     engine.generate([texts.prompt([31, 32, 33])], salts=["a"])
