@@ -173,8 +173,7 @@ class Passages:
                     self._room.put(place + first, usable, plan.blocks)
                 again = self._blender.compute(plan.tokens, plan.blocks, plan.blend)
         except NOT_SERVED as error:  # also of PyTorch, such as too little memory
-            self.refusal = self.report.no_blending = str(error) or type(error).__name__
-            logger.warning("Nothing is blended any more: %s", self.refusal)
+            self._refuse(error)
             return False
         self.report.blended[plan.request_id] = len(blended), plan.blend.tokens, len(again)
         return True
@@ -186,14 +185,24 @@ class Passages:
             if place is None:
                 self._copies.drop(one.plan, "queue full" if fresh else "weights changed")
                 continue
-            with torch.inference_mode():
-                self._room.get(place, one.passage, one.blocks)
-                self._turn(place, one.passage.tokens, one.passage.start, 0)
+            try:
+                with torch.inference_mode():
+                    self._room.get(place, one.passage, one.blocks)
+                    self._turn(place, one.passage.tokens, one.passage.start, 0)
+            except NOT_SERVED as error:
+                self._refuse(error)
+                self._room.give_back(place, one.passage.tokens)
+                self._copies.drop(one.plan, "closed")
+                continue
             self._stored[one.plan.job_id] = place, one.passage.tokens
             self._copies.store(one.plan, self._room.table(place, one.passage.tokens))
 
     def close(self) -> None:
         self._session.close()
+
+    def _refuse(self, error: Exception) -> None:
+        self.refusal = self.report.no_blending = str(error) or type(error).__name__
+        logger.warning("Nothing is blended any more: %s", self.refusal)
 
     def _turn(self, place: int, tokens: int, come: int, go: int) -> None:
         """Turn keys at this place, of positions from `come` on, to positions from `go` on."""
