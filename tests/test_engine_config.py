@@ -135,10 +135,11 @@ def test_mistakes_are_one_line_with_the_place_the_value_and_the_remedy(file: Pat
         assert word in message, message
 
 
-def test_blending_is_said_to_be_for_transformers_only(file: Path) -> None:
+def test_blending_is_said_to_be_for_some_engines_only(file: Path) -> None:
     file.write_text("enable_blending: true\nblend_recompute_ratios: [0.2]\nblend_min_tokens: 100\n")
     settings = load_engine({}, file=file)
-    assert any("enable_blending has no effect" in one and "not there yet" in one for one in settings.warnings)
+    assert any("enable_blending has no effect" in one and "not there" in one for one in settings.warnings)
+    assert not load_engine({}, file=file, blends=True).warnings
     environ = {"LMCACHE_CONFIG_FILE": str(file), "LMCACHE_BLEND_CHECK_LAYERS": "2"}
     expected = {
         "enable_blending": True,
@@ -147,6 +148,8 @@ def test_blending_is_said_to_be_for_transformers_only(file: Path) -> None:
         "blend_check_layers": 2,
     }
     assert load_blending(environ) == expected and load_blending({}) == {}
+    extra = {"lmcache.blend_min_tokens": 50, "lmcache.mp.port": 7, "lmcache.blend_special_str": "--"}
+    assert load_blending(environ, extra) == expected | {"blend_min_tokens": 50, "blend_special_str": "--"}
     with pytest.raises(ConfigError, match="blend_min_tokens: none"):
         load_blending({"LMCACHE_BLEND_MIN_TOKENS": "none"})
 

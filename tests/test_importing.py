@@ -43,7 +43,7 @@ def test_the_file_of_an_engine(imported: Import) -> None:
     assert config.l2 == ("disk:///data/x?max_gb=100", "redis://:pw@h:6379?codec=cachegen")
     for name, why in (
         ("save_decode_cache: true", "an engine that shares a daemon has no such setting"),
-        ("enable_blending: true", "no effect: blending is not there yet under this engine"),
+        ("enable_blending: true", "no effect: blending is not there under this engine"),
         ("numa_mode: auto", "no effect"),
         ("frobnicate: 3", "not a setting"),
     ):

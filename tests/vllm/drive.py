@@ -82,6 +82,119 @@ def generate(
     return {"outputs": [describe(output) for output in outputs]}
 
 
+def encode(llm: Any, text: str) -> dict[str, Any]:
+    """The tokens of a text, without any that stand before or behind every text."""
+    return {"tokens": llm.get_tokenizer().encode(text, add_special_tokens=False)}
+
+
+def blend(llm: Any, **settings: Any) -> dict[str, Any]:
+    """From now on blend by these settings of `Blending`. Answers why nothing is blended, "" if it is."""
+    import dataclasses
+
+    blends = scheduler_side(llm)._blends
+    if blends is None:
+        return {"refusal": "off"}
+    blends._settings = dataclasses.replace(blends._settings, **settings)
+    return {"refusal": blends.refusal}
+
+
+def break_blends(llm: Any, how: str) -> dict[str, Any]:
+    """The next request into which passages are blended fails: a `copy` of a passage, or the `forward` that computes again."""
+    passages = rank_worker()._passages
+    owner, name = (passages._blender, "compute") if how == "forward" else (passages._session, "_run_load")
+
+    def fail(*given: Any, **more: Any) -> None:
+        setattr(owner, name, kept)
+        raise RuntimeError("broken by a test")
+
+    kept = getattr(owner, name)
+    setattr(owner, name, fail)
+    return {"ok": True}
+
+
+def mend_blends(llm: Any) -> dict[str, Any]:
+    """Blend again after a failure that has ended blending. Answers why it ended."""
+    why, scheduler_side(llm)._blends.refusal, rank_worker()._passages.refusal = (
+        scheduler_side(llm)._blends.refusal,
+        "",
+        "",
+    )
+    return {"refusal": why}
+
+
+def wait_for_passages(llm: Any) -> dict[str, Any]:
+    """Return when the passages that are being stored have been stored. They hold up no engine, and no block."""
+    copies = rank_worker()._passages._copies
+    return {"ok": copies.wait(copies.running(), 240)}
+
+
+def turn_keys(llm: Any) -> dict[str, Any]:
+    """By kind of vLLM's RoPE, for `halves` and `neighbours`: how its keys turn and the largest error of turned keys, relative to
+    the largest of them; or why it is refused."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from lmcache.engine.rope import found_turns, tried_positions
+    from lmcache.errors import LayoutError
+    from lmcache.integration.vllm.blender import _frequencies
+
+    plain = {"rope_theta": 10000.0}
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 512}
+    kinds: dict[str, dict[str, Any]] = {
+        "default": plain | {"rope_type": "default"},
+        "partial": plain | {"rope_type": "default", "partial_rotary_factor": 0.5},
+        "llama3": plain | llama3 | {"rope_type": "llama3"},
+        "yarn": plain | yarn | {"rope_type": "yarn"},
+        "dynamic": plain | {"rope_type": "dynamic", "factor": 2.0},
+    }
+    found: dict[str, Any] = {}
+    keys = torch.randn(1, 2 * 64)
+    for kind, parameters in kinds.items():
+        for halves in (True, False):
+            name = f"{kind} {'halves' if halves else 'neighbours'}"
+            with set_current_vllm_config(llm.llm_engine.vllm_config):
+                rope = get_rope(64, 2048, is_neox_style=halves, rope_parameters=parameters, dtype=torch.float32)
+
+            def at(places: list[int], rope: Any = rope) -> torch.Tensor:
+                many = keys.repeat(len(places), 1)
+                made = rope.forward_native(torch.tensor(places), many.clone(), many.clone())[1]
+                return made.view(len(places), 2, 1, 64)
+
+            try:
+                places = tried_positions(2048)
+                (turn,) = found_turns([at(places)], places, _frequencies(torch.nn.ModuleList([rope])), ["one"])
+            except LayoutError as error:
+                found[name] = str(error)
+                continue
+            moved = turn.turned(at([3])[0], torch.tensor([3]), torch.tensor([1900]))
+            there = at([1900])[0]
+            found[name] = [turn.pairs, float((moved - there).abs().max() / there.abs().max())]
+    return found
+
+
+def preempt(llm: Any, prompt: list[int], steps: int) -> dict[str, Any]:
+    """Start the prompt, take its blocks away after so many steps, and let it run on. Answers what it had computed by then."""
+    from vllm import SamplingParams
+
+    engine, name = llm.llm_engine, f"preempted-{time.monotonic_ns()}"
+    parameters = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+    for _ in range(steps):
+        engine.step()
+    (request,) = engine.engine_core.engine_core.scheduler.requests.values()
+    computed, found = request.num_computed_tokens, []
+    engine.reset_prefix_cache(reset_running_requests=True)
+    while engine.has_unfinished_requests():
+        found += [len(one.outputs[0].token_ids) for one in engine.step() if one.finished]
+    return {"computed": computed, "preemptions": request.num_preemptions, "tokens": found}
+
+
+def scheduler_side(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+
+
 def ways(llm: Any, prompt: list[int]) -> dict[str, Any]:
     """What vLLM makes of a prompt in other ways: several samples, beams, tokens of a given form, and the prompt's own numbers."""
     from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
@@ -516,6 +629,13 @@ def caches_of(llm: Any) -> list[Any]:
 
 COMMANDS = {
     "generate": generate,
+    "encode": encode,
+    "blend": blend,
+    "break_blends": break_blends,
+    "mend_blends": mend_blends,
+    "preempt": preempt,
+    "turn_keys": turn_keys,
+    "wait_for_passages": wait_for_passages,
     "ways": ways,
     "embed": embed,
     "reset": reset,

@@ -261,8 +261,8 @@ _HANDED_OVER = (
     "vLLM's kv_role says what each of them does"
 )
 _ENABLE_PD = f"for disaggregated prefill {_ONE_DAEMON}, kv_role kv_producer in place of sender, kv_consumer of receiver"
-_ONLY_TRANSFORMERS = (
-    "no effect: blending is not there yet under this engine, which goes on reusing prefixes (Transformers has it)"
+_NOT_EVERYWHERE = (
+    "no effect: blending is not there under this engine, which goes on reusing prefixes (vLLM and Transformers have it)"
 )
 _BLENDING: tuple[tuple[str, Callable[[str], Any], Any], ...] = (
     ("enable_blending", read.switch, False),
@@ -276,7 +276,7 @@ ROWS: tuple[Row, ...] = (
         Row(field.name, field.metadata["parse"], field.default, field.metadata["effect"])
         for field in dataclasses.fields(EngineConfig)
     ),
-    *(Row(name, parse, default, _ONLY_TRANSFORMERS) for name, parse, default in _BLENDING),
+    *(Row(name, parse, default, _NOT_EVERYWHERE) for name, parse, default in _BLENDING),
     _refused("enable_p2p", _ONE_DAEMON),
     _refused("enable_pd", _ENABLE_PD),
     _refused("enable_nixl", f"for disaggregated prefill {_ONE_DAEMON}"),
@@ -376,9 +376,13 @@ class EngineSettings:
 
 
 def load_engine(
-    environ: Mapping[str, str] | None = None, extra: Mapping[str, Any] | None = None, file: Path | None = None
+    environ: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    file: Path | None = None,
+    blends: bool = False,
 ) -> EngineSettings:
     """Fill an EngineConfig. environ: os.environ by default. extra: `kv_connector_extra_config`. file: overrides the variable.
+    blends: whether the engine heeds the settings of blending, with `load_blending`.
 
     Raises:
         ConfigError: one line that names the setting, its value, where it came from and what to do.
@@ -395,7 +399,8 @@ def load_engine(
         value = one.parsed(row.parse)
         if row.refusal and value != row.default:
             raise ConfigError(f"{one.said}: is not supported: {row.refusal}")
-        if row.effect.startswith("no effect") and value and value != row.default:
+        heeded = blends and row.effect is _NOT_EVERYWHERE
+        if row.effect.startswith("no effect") and not heeded and value and value != row.default:
             warnings.append(f"{one.source}: {name} has {row.effect}")
         values[name] = value
     config = EngineConfig(
@@ -407,8 +412,9 @@ def load_engine(
     return EngineSettings(config, shown, sources, tuple(warnings))
 
 
-def load_blending(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the settings of blending that are given, in the environment or in the file that it names: name -> value.
+def load_blending(environ: Mapping[str, str] | None = None, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the settings of blending that are given, in `extra` (as for `load_engine`), in the environment or in the file that
+    it names: name -> value.
 
     Raises:
         ConfigError: as `load_engine`, of these settings only.
@@ -416,6 +422,7 @@ def load_blending(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     environ = os.environ if environ is None else environ
     found = _from_file(Path(environ[FILE_VARIABLE])) if environ.get(FILE_VARIABLE) else {}
     found |= _from_environment(environ, [])
+    found |= _from_extra(extra or {}, [])
     return {name: found[name].parsed(parse) for name, parse, _ in _BLENDING if name in found}
 
 

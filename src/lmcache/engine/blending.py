@@ -11,7 +11,7 @@ tokens of the prompt. What is exact: all tokens before the first blended one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,10 @@ from lmcache.errors import ConfigError
 
 DONOR = "donor"
 """How the KV of a passage was computed: exactly, within another prompt."""
+SEPARATOR = " # # "
+"""The text between passages, if no setting names another one."""
+QUESTION_TOKENS = 256
+"""So many last tokens of the question say which tokens matter to it."""
 MOST_PASSAGES = 64
 """Passages of one prompt that are looked up: each costs a round trip. Further ones are computed."""
 SHORT_GAP_TOKENS = 64
@@ -88,6 +92,18 @@ class Blending:
         return tokens + (block_tokens - 1) * min(MOST_PASSAGES, tokens // self.min_tokens)
 
 
+def blending_of(given: Mapping[str, Any], separator: Sequence[int]) -> Blending:
+    """Return how to blend by these settings: name -> value, as `load_blending` finds them. separator: its token ids.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    settings = {"min_tokens": given.get("blend_min_tokens"), "recompute_ratio": given.get("blend_recompute_ratios")}
+    if (layer := given.get("blend_check_layers")) is not None:
+        settings |= {"check_layer": layer, "choose": "deviation"}
+    return Blending(tuple(separator), **{name: value for name, value in settings.items() if value is not None})
+
+
 @dataclass(frozen=True)
 class Blend:
     """What is done for one prompt. have: so many leading tokens have exact KV already. end: where the question begins. blended:
@@ -146,6 +162,12 @@ class Blend:
             left -= runs[number].tokens
             taken.append(runs[number])
         return _joined(sorted(taken))
+
+
+def consecutive(tokens: Tokens) -> list[Passage]:
+    """Return the runs of consecutive tokens among these."""
+    ends = np.flatnonzero(np.diff(tokens) != 1) + 1
+    return [Passage(int(run[0]), int(run[-1]) + 1) for run in np.split(tokens, ends) if len(run)]
 
 
 def _joined(parts: Sequence[Passage]) -> Tokens:

@@ -413,6 +413,12 @@ class Requests(Generic[RequestT]):
         if less or ended:
             request.promised = 0
 
+    def stores_no_more(self, request: RequestT) -> None:
+        """Tell the server that the request stores less than it has announced, so that nobody waits for the rest."""
+        if request.promised and self.session is not None:
+            self.session.withdraw(str(request.id))
+        request.promised = 0
+
     def forgone(self, tokens: int) -> None:
         """Count tokens of a prompt that were computed but could be neither looked up nor stored, for want of a server."""
         if self.session is not None:

@@ -20,19 +20,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lmcache.chunks.passages import Passage
 from lmcache.config.engine import load_blending
-from lmcache.engine.blending import Blend, Blending, Tokens
+from lmcache.engine.attended import paid, rows_at_once
+from lmcache.engine.blending import QUESTION_TOKENS, SEPARATOR, Blend, Blending, Tokens, blending_of
 from lmcache.engine.served import NOT_SERVED
 from lmcache.errors import ConfigError, LayoutError
 from lmcache.integration.transformers.pool import Pool, Shape
 from lmcache.integration.transformers.rope import turns_of
 from transformers import AutoTokenizer
 
-SEPARATOR = " # # "
-_QUESTION_TOKENS = 256
-"""So many last tokens of the question say which tokens matter to it."""
 _MASK_ELEMENTS, _MOST_AT_ONCE = 1 << 26, 1024
 """Bounds of a forward: tokens, and its mask. A forward over more tokens is made in several."""
-_SCORE_ELEMENTS = 1 << 25
 _APART_AT_ONCE = 512
 """Tokens of a passage that are computed apart in one forward."""
 _ATTENTIONS = "sdpa", "eager"
@@ -59,10 +56,7 @@ def given_blending(model: Any, enabled: bool | None, tokenizer: Any) -> Blending
         ) from None
     if not separator:
         raise ConfigError(f"blending: blend_special_str {text!r} has no tokens")
-    settings = {"min_tokens": given.get("blend_min_tokens"), "recompute_ratio": given.get("blend_recompute_ratios")}
-    if (layer := given.get("blend_check_layers")) is not None:
-        settings |= {"check_layer": layer, "choose": "deviation"}
-    return Blending(separator, **{name: value for name, value in settings.items() if value is not None})
+    return blending_of(given, separator)
 
 
 class Blender:
@@ -130,7 +124,7 @@ class Blender:
         first, again = blend.first(), blend.links
         scores: npt.NDArray[np.float32] | None = None
         if self.settings.choose == "query" and self.settings.recompute_ratio:
-            begin = max(blend.end, ids.shape[1] - _QUESTION_TOKENS)
+            begin = max(blend.end, ids.shape[1] - QUESTION_TOKENS)
             self._clear(pool, blend.end, begin)  # what is hidden by a mask still has to be numbers
             question = np.arange(begin, ids.shape[1], dtype=np.int64)
             scores = self._compute(pool, ids, np.concatenate([first, question]), observe=blend.end)
@@ -287,14 +281,9 @@ class _Observed(TorchFunctionMode):  # type: ignore[misc]
 
     def _attended(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> None:
         """query: [1, heads, rows, size], key: [1, KV heads, tokens, size]."""
-        keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], dim=0).float()
-        at_once = max(1, _SCORE_ELEMENTS // (keys.shape[0] * keys.shape[1]))
-        for rows in self.rows.split(at_once):
-            scores = query[0][:, rows].float() @ keys.transpose(1, 2) * (scale or query.shape[-1] ** -0.5)
-            if mask is not None:
-                seen = mask[0][:, rows]
-                scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
-            self._add(scores.softmax(dim=-1).sum(dim=(0, 1)))
+        for rows in self.rows.split(rows_at_once(query.shape[1], key.shape[2])):
+            seen = mask[0][:, rows] if mask is not None else None
+            self._add(paid(query[0][:, rows], key[0], scale or query.shape[-1] ** -0.5, seen).sum(dim=(0, 1)))
 
     def _add(self, paid: torch.Tensor) -> None:
         paid = paid[: self._end]

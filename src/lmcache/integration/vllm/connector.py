@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
 from lmcache.engine import SchedulerSession, WorkerSession
+from lmcache.engine.blending import Blending
 from lmcache.engine.embedded import NOT_STARTED, EmbeddedServer, wait_for_server
 from lmcache.engine.groups import GroupShape, RankGroup
 from lmcache.engine.requests import GroupTable
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
+from lmcache.errors import LayoutError
+from lmcache.integration.vllm.blending import given_blending, refuse_blending, with_separator
 from lmcache.integration.vllm.caches import describe_rank, layers_of_all_stages
 from lmcache.integration.vllm.identity import draft_model_of
 from lmcache.integration.vllm.kv_events import Events
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.model import ModelKV, Stages, describe_model, needs_ranks, zeroes_first
+from lmcache.integration.vllm.paged import Registered
 from lmcache.integration.vllm.plan import StepPlan, StepReport
 from lmcache.integration.vllm.resets import watch_resets
 from lmcache.integration.vllm.rules import adapts_items, names_items
+from lmcache.integration.vllm.runner import watch_runner
 from lmcache.integration.vllm.scheduler import SchedulerSide, Synchronous
 from lmcache.integration.vllm.settings import recompute_failed_loads
 from lmcache.integration.vllm.worker import WorkerSide
 from lmcache.observability.log import init_logger
+
+if TYPE_CHECKING:
+    from lmcache.integration.vllm.passages import Passages
 
 logger = init_logger(__name__)
 _WorkerMetadata: Any = getattr(base, "KVConnectorWorkerMetadata", object)
@@ -88,6 +96,8 @@ class Connector:
         self._instance = str(transfer.engine_id)
         if self._role == KVConnectorRole.SCHEDULER:
             recompute_failed_loads(transfer)
+        elif given_blending(self._vllm_config) is not None:
+            watch_runner()
         hears_ranks = hasattr(base.KVConnectorBase_V1, "set_xfer_handshake_metadata_pp_aware")
         if hears_ranks and needs_ranks(self._vllm_config, self._kv_cache_config):
             if self._role == KVConnectorRole.SCHEDULER:
@@ -140,11 +150,24 @@ class Connector:
             names_items=names_items(self._vllm_config),
             adapts_items=adapts_items(self._vllm_config),
             events=events,
+            blending=self._blending_of(kv),
         )
         side.bind_pool(self._pool)
         watch_resets(self._instance, side)
         if not wait_for_server((session,), self._server):
             side.requests.stop(NOT_STARTED)
+
+    def _blending_of(self, kv: ModelKV) -> Blending | None:
+        """Return how this engine blends; None, with a log line if that was asked for, if it does not."""
+        settings = given_blending(self._vllm_config)
+        if settings is None:
+            return None
+        try:
+            refuse_blending(self._vllm_config, kv)
+            return with_separator(self._vllm_config, settings)
+        except LayoutError as error:
+            logger.warning("Nothing is blended, only prefixes are reused: %s", error)
+            return None
 
     def _events_of(self, kv: ModelKV) -> Events | None:
         """Return what makes KV events of the group that has all of a prompt; None if vLLM publishes none, or this engine loads
@@ -184,6 +207,7 @@ class Connector:
             )
             for one, at in zip(served, held, strict=True)
         ]
+        passages, no_blending = self._passages_of(kv, groups, registered, number, address)
         self._worker = WorkerSide(
             WorkerSession(endpoint, *groups),
             registered,
@@ -195,7 +219,29 @@ class Connector:
             fails_by_request=kv.fails_by_request,
             layers=Layers(kv.layer_names, len(registered[0].paged.planes)) if layerwise and not kv.others else None,
             refusal=lambda: kv.identity.failure,
+            passages=passages,
+            no_blending=no_blending,
         )
+
+    def _passages_of(
+        self, kv: ModelKV, groups: Sequence[RankGroup], registered: Sequence[Registered], number: int, address: str
+    ) -> tuple[Passages | None, str]:
+        """Return what blends in this rank, None for nothing; and why not, "" if the scheduler knows by itself."""
+        settings = given_blending(self._vllm_config)
+        try:
+            if settings is None:
+                return None, ""
+            refuse_blending(self._vllm_config, kv)
+        except LayoutError:
+            return None, ""
+        from lmcache.integration.vllm.passages import passages_of
+
+        endpoint = self._settings.endpoint(self._instance, "worker", kv.ranks + number, address)
+        try:
+            given = self._vllm_config, self._kv_cache_config, kv, settings, groups[0], registered[0], endpoint
+            return passages_of(*given), ""
+        except NOT_SERVED as error:
+            return None, refusal_of(error, "vLLM")
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -251,6 +297,7 @@ class Connector:
         else:
             sent = set(plan.closing)
             received = {str(load.request_id) for load in plan.loads if not load.synchronous}
+            received |= {blend.request_id for blend in plan.blends}
         return sent or None, received or None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
@@ -273,14 +320,14 @@ class Connector:
         if self._plan().fails_by_request:
             return set()  # `get_transfer_results` reports the requests
         size = self._vllm_config.cache_config.block_size
-        return {block for load in self._plan().loads for block in load.filled(size)}
+        return {block for one in self._plan().filling for block in one.filled(size)}
 
     def build_connector_worker_meta(self) -> LMCacheWorkerMetadata | None:
         if self._worker is not None:
             report = self._worker.take_report()
         else:
             plan, refusal = self._plan(), self._refusal
-            stored = {store.job_id: 1 for store in plan.stores}
+            stored = {store.job_id: 1 for store in (*plan.stores, *(one.plan for one in plan.passages))}
             loaded = {load.job_id: 1 for load in plan.loads if load.synchronous}
             report, self._refusal = StepReport(stored, loaded, refusal=refusal), ""
         return LMCacheWorkerMetadata(report) if report else None

@@ -24,7 +24,8 @@ def engine_settings(vllm_config: Any) -> EngineSettings:
     Raises:
         ConfigError: a setting is wrong.
     """
-    return load_engine(extra=getattr(vllm_config.kv_transfer_config, "kv_connector_extra_config", None) or {})
+    extra = getattr(vllm_config.kv_transfer_config, "kv_connector_extra_config", None) or {}
+    return load_engine(extra=extra, blends=True)
 
 
 def start_fitting_server(

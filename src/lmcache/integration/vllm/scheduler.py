@@ -14,11 +14,14 @@ from typing import Any, Literal
 
 from lmcache.chunks.hashing import Extras, encode_extra
 from lmcache.config.engine import EngineConfig
-from lmcache.engine import Loading, LoadPlan, Request, Requests, SchedulerSession, StorePlan
+from lmcache.engine import Loading, LoadPlan, Request, Requests, SchedulerSession
+from lmcache.engine.blending import Blend, Blending
 from lmcache.engine.prefill import TokenRate
 from lmcache.engine.requests import GroupTable
 from lmcache.engine.settings import WITH_A_DAEMON
 from lmcache.integration.vllm import handover
+from lmcache.integration.vllm.blending import Blends, hide
+from lmcache.integration.vllm.held import HeldBlocks
 from lmcache.integration.vllm.identity import Adapters
 from lmcache.integration.vllm.kv_events import Events, KVEvents
 from lmcache.integration.vllm.plan import NOT_ASKED, StepPlan, StepReport
@@ -50,13 +53,16 @@ Synchronous = Literal["never", "auto", "always"]
 @dataclass
 class Tracker(Request):
     """preemptions: vLLM's count when tracking began. local_tokens: in vLLM's own prefix cache. logged: last line's numbers.
-    synchronous: whether the forward of the request's first step is to wait for the load of its hit."""
+    synchronous: whether the forward of the request's first step is to wait for the load of its hit. blend: what is to be blended
+    into the prompt. exact: if passages were blended, how many leading tokens have exact KV; only these are stored."""
 
     request: Any = None
     preemptions: int = 0
     local_tokens: int = 0
     logged: tuple[int, int] = (-1, -1)
     synchronous: bool = False
+    blend: Blend | None = None
+    exact: int | None = None
 
 
 class SchedulerSide:
@@ -69,7 +75,8 @@ class SchedulerSide:
     report that they have mapped the arena of the hit. config: settings of loads and stores. logs: whether each lookup is logged,
     as users of in-process mode expect. zeroes: whether vLLM writes zeros to the blocks that it gives out; its newer model runner
     does that before ranks settle the stores that read them. names_items, adapts_items: as in `rules`; prompts with images,
-    sounds ... are not cached if vLLM does not name these. events: makes vLLM's KV events, if vLLM publishes them.
+    sounds ... are not cached if vLLM does not name these. events: makes vLLM's KV events, if vLLM publishes them. blending: how
+    passages are blended into prompts, None for not at all.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class SchedulerSide:
         names_items: bool = True,
         adapts_items: bool = False,
         events: Events | None = None,
+        blending: Blending | None = None,
     ) -> None:
         self.requests: Requests[Tracker] = Requests(
             session,
@@ -100,15 +108,15 @@ class SchedulerSide:
         )
         self.events = KVEvents(self.requests, groups[0].block_tokens, events) if events is not None else None
         """What vLLM's KV events tell of the server; None if vLLM publishes none."""
+        block_tokens = groups[0].block_tokens
+        self._blends = Blends(self.requests, blending, block_tokens, Tracker) if blending is not None else None
         self._groups, self._numbers = groups, numbers
         self._fails_by_request = len(set(numbers)) > 1 or groups[0].reach_tokens > 0  # as in `ModelKV`
         self._block_tokens, self._ranks = groups[0].block_tokens, ranks
-        self._pool: Any = None
-        """vLLM's block pool, if vLLM may reuse blocks while stores read them: those that leave a window, and where it writes
-        zeros, those of preempted requests."""
         self._zeroes, self._holds = zeroes, zeroes or any(group.reach_tokens for group in groups)
-        self._held: dict[str, list[Any]] = {}
-        """Store job -> vLLM's blocks that it reads, until it has ended or is about to be settled."""
+        self._held = HeldBlocks(groups)
+        """Blocks that vLLM may reuse while stores read them: those that leave a window, and where it writes zeros, those of
+        preempted requests."""
         self._can_load, self._can_store = can_load, can_store
         self._names_items, self._adapts_items = names_items, adapts_items
         self._told = ""
@@ -153,6 +161,15 @@ class SchedulerSide:
         if isinstance(hit, Loading):
             self._tiers_load = True
             return None
+        blend = self._find_blend(tracker, local_tokens)
+        if isinstance(blend, Loading):
+            self._tiers_load = True
+            return None
+        tracker.blend = blend
+        if blend is not None:
+            tracker.synchronous = False
+            self._log(tracker, blend.have, blend.end - local_tokens)
+            return blend.end - local_tokens
         if hit is None:
             if not local_tokens:
                 self._log(tracker, 0, 0)
@@ -164,6 +181,13 @@ class SchedulerSide:
         gain = gain if gain >= least and found >= self._config.min_retrieve_tokens else 0
         self._log(tracker, found, gain)
         return gain
+
+    def _find_blend(self, tracker: Tracker, local_tokens: int) -> Blend | Loading | None:
+        """Look up passages behind the prefix that was found. Return what is to be blended into the prompt, None for nothing."""
+        plain = tracker.cacheable and tracker.may_load and tracker.extras is None and tracker.tail_leaves is None
+        if self._blends is None or not plain or tracker.exact is not None:
+            return None
+        return self._blends.find(tracker, tracker.request.all_token_ids, max(local_tokens, tracker.found_tokens))
 
     def is_synchronous(self, request: Any) -> bool:
         """Return whether the load that `match` has offered is part of the request's first step."""
@@ -188,7 +212,7 @@ class SchedulerSide:
 
     def bind_pool(self, pool: Any) -> None:
         if self._holds:
-            self._pool = pool
+            self._held.bind(pool)
 
     def allocated(self, request: Any, blocks: Sequence[Sequence[int]], external_tokens: int) -> None:
         """Record the request's block tables by vLLM's groups, and plan to load the `external_tokens` after the local hit."""
@@ -196,6 +220,17 @@ class SchedulerSide:
         self._set_tables(tracker, blocks)
         if tracker.local_tokens and self.requests.own_cache_outdated:
             tracker.cacheable = False
+        blend, tracker.blend = tracker.blend, None
+        if self._blends is not None and blend is not None and external_tokens > 0:
+            if external_tokens != blend.end - tracker.local_tokens:  # vLLM takes them for filled
+                raise RuntimeError(
+                    f"vLLM has not taken what was blended into {tracker.id}: this release cannot be served"
+                )
+            tracker.exact = blend.exact
+            hide(request, blend.exact, self._block_tokens)
+            self._blends.plan(tracker, request.all_token_ids, blend, tracker.local_tokens)
+            self.requests.stores_no_more(tracker)
+            return
         loads = tracker.hit is not None and external_tokens > 0
         if not loads or tracker.synchronous:
             self._running.add(tracker.id)
@@ -218,8 +253,9 @@ class SchedulerSide:
             self._filled = plan.emptied
         self._running.update(output.num_scheduled_tokens)
         runtime = self.requests.runtime
-        # A step whose forward waits for a load does not measure prefill.
-        waits = any(load.synchronous for _, load in self._admitted)
+        # A step whose forward waits for a load, or that computes what is blended, does not measure prefill.
+        blending = self._blends is not None and bool(self._blends.running)
+        waits = blending or any(load.synchronous for _, load in self._admitted)
         self.requests.prefill.step(runtime.now(), 0 if waits else output.total_num_scheduled_tokens)
         if self._tiers_load and not plan.forward:
             runtime.sleep(TIER_PAUSE_SECONDS)  # nothing is computed: leave the cores to the loads
@@ -235,6 +271,8 @@ class SchedulerSide:
                 )
             plan.loads.append(load)
         self._admitted.clear()
+        if self._blends is not None:
+            plan.blends = self._blends.take_plans()
         if self._can_store and self.requests.session is not None:
             drafts, several = output.scheduled_spec_decode_tokens, self._ranks > 1
             for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -262,6 +300,9 @@ class SchedulerSide:
                 self._plan.known_failures.append(job_id)
             if load.request_id in requests.open:
                 requests.open[load.request_id].may_load = False
+        for blend in tuple(self._blends.running.values()) if self._blends is not None else ():
+            if not invalid.isdisjoint(blend.filled(self._block_tokens)):
+                failed = (*failed, blend.request_id)
         for request_id in failed:
             if request_id in requests.open:
                 requests.open[request_id].may_load = False
@@ -287,7 +328,9 @@ class SchedulerSide:
             # Releases of vLLM without worker metadata report stores in no other way.
             for job_id in tuple(self._closing.pop(request_id).jobs if request_id in self._closing else ()):
                 requests.stored(job_id)
-        self._let_go([job for job in self._held if job not in requests.storing])
+        self._held.let_go([job for job in self._held.jobs if job not in requests.storing])
+        if self._blends is not None:
+            self._blends.transferred(ended, report)
         if report.weights > self._weights:
             self._weights = report.weights
             logger.info("This engine's weights have changed: KV of the old weights is not used any more")
@@ -298,7 +341,7 @@ class SchedulerSide:
     def handed_over(self, request: Any) -> dict[str, Any] | None:
         """Return what the engine tells the router about a request that has ended well; None if it has not been asked to."""
         tracker = self.requests.open.get(request.request_id)
-        stored = tracker is not None and tracker.stores_tail and tracker.cacheable
+        stored = tracker is not None and tracker.stores_tail and tracker.cacheable and tracker.exact is None
         tokens = request.num_prompt_tokens if stored else 0
         return handover.answer(request.kv_transfer_params, tokens, list(request.output_token_ids[:1]))
 
@@ -306,6 +349,8 @@ class SchedulerSide:
         """End a request. Return whether the engine has to keep its blocks until the connector reports it as sent."""
         name = request.request_id
         self._running.discard(name)
+        if self._blends is not None:
+            self._blends.ended(name)
         tracker = self.requests.finish(name, request.num_computed_tokens if self._can_store else 0)
         if tracker is not None and self.events is not None:
             self.events.ended(tracker)
@@ -321,14 +366,14 @@ class SchedulerSide:
 
     def release_blocks(self) -> None:
         """Give back the blocks that are held for stores: vLLM is about to take all blocks away."""
-        self._settle(list(self._held))
+        self._settle(self._held.jobs)
 
     def _settle(self, jobs: Iterable[str]) -> None:
         """Let the ranks settle these stores before the next step. Nothing is written into their blocks before that, unless vLLM
         writes zeros to them first."""
         self._plan.settle.extend(jobs)
         if not self._zeroes:
-            self._let_go(jobs)
+            self._held.let_go(jobs)
 
     def reset(self) -> None:
         """Serve nothing that was computed before: the weights may be other ones from the next step on."""
@@ -379,7 +424,13 @@ class SchedulerSide:
         )
         fresh.tail_leaves, fresh.stores_tail = wanted.tail_leaves, wanted.gives
         if tracker is not None:
-            fresh.may_load, fresh.cacheable = tracker.may_load, fresh.cacheable and tracker.cacheable
+            # What was blended into a request is in the blocks that only this request finds again, and may go on from.
+            cacheable = tracker.cacheable and tracker.exact is None
+            fresh.may_load, fresh.cacheable, fresh.exact = (
+                tracker.may_load,
+                fresh.cacheable and cacheable,
+                tracker.exact,
+            )
             # These jobs are not settled yet if the preemption came outside a step (a reset of the engine's prefix cache).
             self._plan.settle.extend(tracker.jobs)
             self.requests.give_back(tracker)
@@ -425,42 +476,18 @@ class SchedulerSide:
         computed = min(request.num_computed_tokens + scheduled, request.num_tokens)
         if not self._config.save_decode_cache:
             computed = min(computed, request.num_prompt_tokens)
+        if tracker.exact is not None:
+            computed = min(computed, tracker.exact)
+        if self._blends is not None:
+            plan.passages += self._blends.stores(tracker, computed)
         ends = computed == request.num_prompt_tokens
         before = request.num_computed_tokens
         store = self.requests.store(tracker, request.all_token_ids, computed, ends=ends, before=before)
         if store is not None:
-            self._hold(store)
+            self._held.hold(store)
             plan.stores.append(store)
             if self.events is not None:
                 self.events.stores(tracker)
-
-    def _hold(self, store: StorePlan) -> None:
-        """Keep vLLM from reusing the blocks that a store reads before it has ended."""
-        if self._pool is None:
-            return
-        held = self._held[store.job_id] = []
-        for group, part in zip(self._groups, (store, *store.others), strict=True):
-            first = part.start // group.block_tokens
-            if group.reach_tokens:  # of each chunk, the blocks in reach of its end; those before may be null or reused
-                ends = range(part.start + part.chunk_tokens, part.end + 1, part.chunk_tokens)
-                numbers = {
-                    at
-                    for end in ends
-                    for at in range(
-                        (end - min(group.reach_tokens, part.chunk_tokens)) // group.block_tokens,
-                        end // group.block_tokens,
-                    )
-                }
-            else:
-                numbers = set(range(first, len(part.blocks)))
-            held += [self._pool.blocks[part.blocks[number]] for number in sorted(numbers)]
-        self._pool.touch(held)
-
-    def _let_go(self, jobs: Iterable[str]) -> None:
-        """Give back the blocks that are held for these stores."""
-        for job in jobs:
-            if job in self._held:
-                self._pool.free_blocks(reversed(self._held.pop(job)))
 
     def _awaits_ranks(self, tracker: Tracker) -> bool:
         """Return whether a rank may still fail a load that the request's tokens depend on: other ranks would store them."""
@@ -484,7 +511,8 @@ def _trace_of(request: Any) -> str:
 
 
 def _was_preempted(tracker: Tracker) -> bool:
-    return bool(tracker.request.num_preemptions != tracker.preemptions)
+    """Return whether vLLM has taken the blocks of this request away. A passage's own request has none."""
+    return tracker.request is not None and bool(tracker.request.num_preemptions != tracker.preemptions)
 
 
 def _extras(request: Any) -> Extras | None:

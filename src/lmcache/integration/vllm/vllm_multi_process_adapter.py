@@ -22,6 +22,7 @@ from lmcache.engine.local import LocalRank
 from lmcache.engine.served import NOT_SERVED, refusal_of
 from lmcache.engine.settings import ServerSettings
 from lmcache.errors import ConfigError, LayoutError
+from lmcache.integration.vllm.blending import given_blending
 from lmcache.integration.vllm.caches import describe_rank
 from lmcache.integration.vllm.model import ModelKV, describe_model
 from lmcache.integration.vllm.paged import Registered
@@ -100,6 +101,8 @@ class LMCacheMPSchedulerAdapter:
             self._block_tokens = engine.kv.block_tokens
             recompute_failed_loads(engine.vllm_config.kv_transfer_config)
             logger.info(_LIMITS)
+            if given_blending(engine.vllm_config) is not None:
+                logger.warning("Nothing is blended, only prefixes are reused: %s", _LIMITS)
             self._requests = Requests(engine.scheduler_session())
 
     def num_blocks_per_chunk(self) -> int:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmcache.engine import Copies, Copy, Done, LoadPlan, StorePlan, WorkerSession
 from lmcache.engine.copies import retrieved_line, stored_line
 from lmcache.engine.points import stream_point
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.paged import Registered
-from lmcache.integration.vllm.plan import NOT_ASKED, StepPlan, StepReport
+from lmcache.integration.vllm.plan import NOT_ASKED, BlendPlan, StepPlan, StepReport
 from lmcache.integration.vllm.weights import encoder_emptyings, weight_changes
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
+
+if TYPE_CHECKING:
+    from lmcache.integration.vllm.passages import Passages
 
 logger = init_logger(__name__)
 PlanT = TypeVar("PlanT", LoadPlan, StorePlan)
@@ -30,7 +33,8 @@ class WorkerSide:
 
     number: the rank's number. logs: whether every copy is logged, as users of in-process mode expect. fails_by_request: whether
     failed loads are reported as requests (`take_failed_requests`) instead of blocks. layers: if given, reliable forwards wait for
-    synchronous loads layer by layer. refusal: returns why this rank can never serve, "" as long as it may.
+    synchronous loads layer by layer. refusal: returns why this rank can never serve, "" as long as it may. passages: what
+    blends, None for nothing. no_blending: why not, if the scheduler does not know.
     """
 
     def __init__(
@@ -46,13 +50,15 @@ class WorkerSide:
         fails_by_request: bool = False,
         layers: Layers | None = None,
         refusal: Callable[[], str] = str,
+        passages: Passages | None = None,
+        no_blending: str = "",
     ) -> None:
         self._session, self._registered, self._groups = session, registered[0], registered
         self._held = held or range(len(registered))
         self._copies = Copies(session, shards, stores=stores, ended=self._ended)
         self._block_tokens = registered[0].paged.block_tokens * registered[0].blocks_per_block
         """Tokens of a scheduler block."""
-        self._number, self._layers, self._refusal = number, layers, refusal
+        self._number, self._layers, self._refusal, self._passages = number, layers, refusal, passages
         self._logs, self._fails_by_request = logs, fails_by_request
         self._arriving: list[Progress] = []
         """The progress of loads of a step whose forward waits for each layer."""
@@ -67,7 +73,9 @@ class WorkerSide:
         self._invalid: set[int] = set()
         self._failed: set[Any] = set()
         """Requests with a failed load, of a model with several groups."""
-        self._report = StepReport()
+        self._report = StepReport(no_blending=no_blending)
+        if no_blending:
+            logger.warning("Nothing is blended, only prefixes are reused: %s", no_blending)
         self._started: StepPlan | None = None
         self._weights_before, self._weights = weight_changes(), 0
         """Number of changes of the weights before this side was made, and since."""
@@ -108,6 +116,18 @@ class WorkerSide:
             part = self._part(load)
             table, *tables = self._tables(part)
             self._copies.load(part, table, fence, progress, tables)
+
+        if self._passages is not None:
+            self._passages.begin(plan.blends, plan.weights, self._copies)
+        else:
+            self._fail_blends(plan.blends)
+
+    def _fail_blends(self, blends: Iterable[BlendPlan]) -> None:
+        """Report what was to be blended as failed: vLLM computes the prompts."""
+        for blend in blends:
+            self.failed_loads += 1
+            self._received.add(blend.request_id)
+            self._invalid.update(blend.filled(self._block_tokens))
 
     def _notice_weights(self) -> None:
         """Count running loads as failed if the weights have changed, since their KV is of the old weights."""
@@ -157,6 +177,10 @@ class WorkerSide:
         """Start every store of the step, whose forward has ended."""
         now = stream_point(self._registered.paged.device) if plan.stores else None
         self._notice_weights()
+        if self._passages is not None:
+            self._passages.store(plan.passages, plan.weights == self._weights)
+        else:
+            self._report.stored |= {one.plan.job_id: 1 for one in plan.passages}
         for store in plan.stores:
             if plan.weights != self._weights:
                 self._copies.drop(store, "weights changed")
@@ -178,6 +202,11 @@ class WorkerSide:
         if not plan.forward and not (sent or self._received) and self._copies.running():
             self._session.wait_finished(LINGER_SECONDS)
             sent |= self._copies.closed(())
+        if self._passages is not None:
+            idle = not plan.forward and not (sent or self._received)
+            ended, failed = self._passages.finished(self._weights, LINGER_SECONDS if idle else 0.0)
+            self._received |= ended
+            self._fail_blends(failed)
         received, self._received = self._received, set()
         return sent, received
 
@@ -195,6 +224,9 @@ class WorkerSide:
     def take_report(self) -> StepReport:
         report, self._report = self._report, StepReport()
         report.refusal = self._refusal()
+        if self._passages is not None:
+            more, self._passages.report = self._passages.report, StepReport()
+            report.merge(more)
         if self._outdated != self._told_outdated:
             self._told_outdated = report.outdated[self._number] = self._outdated
         if self._started is not None:
@@ -214,6 +246,8 @@ class WorkerSide:
         return stats
 
     def close(self) -> None:
+        if self._passages is not None:
+            self._passages.close()
         self._session.close()
 
     def _part(self, plan: PlanT) -> PlanT:
@@ -232,6 +266,9 @@ class WorkerSide:
     def _ended(self, copy: Copy) -> None:
         plan, done = copy.plan, copy.done
         assert done is not None
+        if self._passages is not None and self._passages.owns(copy):
+            self._unread.discard(plan.job_id)
+            return
         if isinstance(plan, LoadPlan):
             self._loaded(plan, done)
             return
