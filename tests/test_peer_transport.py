@@ -342,9 +342,7 @@ def test_what_is_lent_is_checked_when_it_has_been_read(pair: tuple[Lender, Readi
         assert lender.returned.get(timeout=PATIENCE) == m.Release([11])
 
 
-def test_memory_is_not_used_again_before_nothing_can_write_to_it(
-    pair: tuple[Lender, Reading], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_is_not_used_again_before_nothing_can_write_to_it(pair: tuple[Lender, Reading]) -> None:
     lender, reading = pair
     assert reading.do(Contains, KEYS) == [True] * 3
     lender.lends = m.Pulled(HEADERS, 9, sectors(5, 6, 7))
@@ -359,7 +357,7 @@ def test_memory_is_not_used_again_before_nothing_can_write_to_it(
         reading.into(3),
     )
     reading.tier.submit(load)
-    eventually(lambda: reading.tier._direct and reading.tier._direct._reading)
+    eventually(lambda: reading.tier._direct and reading.tier._direct.is_reading)
     reading.tier.cancel(load)
     (_, error), reader_lives = ended.get(timeout=PATIENCE)
     assert error.reason == "cancelled" and not reader_lives
@@ -370,6 +368,23 @@ def test_memory_is_not_used_again_before_nothing_can_write_to_it(
     other = [reading.memory[at << 12 : (at + 1) << 12] for at in (10, 11, 12)]
     assert reading.do(Load, KEYS, other) == [OK] * 3, "the other mover has caught up with all that it had been asked"
     assert bytes(reading.memory[: 3 << 12]) == b"\xaa" * (3 << 12)
+
+
+def test_a_tier_that_is_closed_amid_a_read_ends_it_first(pair: tuple[Lender, Reading]) -> None:
+    lender, reading = pair
+    assert reading.do(Contains, KEYS) == [True] * 3
+    lender.lends = m.Pulled(HEADERS, 9, sectors(5, 6, 7))
+    (frozen,) = [pid for pid in children() if maps(pid, str(lender.arena.path))]
+    (reader,) = [pid for pid in children() if maps(pid, str(reading.arena.path))]
+    stop(frozen)
+    ended: queue.Queue[Any] = queue.Queue()
+    reading.tier.submit(
+        Load(RUNTIME.now() + PATIENCE, lambda *end: ended.put(reader in children()), KEYS, reading.into(3))
+    )
+    eventually(lambda: reading.tier._direct and reading.tier._direct.is_reading)
+    assert reading.do(Close) is None
+    assert ended.get(timeout=PATIENCE) is False
+    os.kill(frozen, signal.SIGCONT)
 
 
 def children() -> list[int]:

@@ -70,7 +70,13 @@ class Direct:
         )
         self._mover.start()
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether a mover may still write into the arena."""
+        return bool(self._reading)
+
     def close(self) -> None:
+        """Begin no more reads, and end the mover. `is_reading` tells when it has gone."""
         self._mover.close()
 
     def tick(self, peers: list[Peer]) -> None:
@@ -106,6 +112,10 @@ class Direct:
         if source is None or len(parts) != sum(map(bool, answer.headers)) or next(sectors, None) is not None:
             over()
             ended(False)
+            return
+        if not parts:
+            over()
+            ended(True)
             return
         number, size = next(self._numbers), each * len(parts)
         until = (

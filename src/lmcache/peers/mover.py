@@ -173,8 +173,9 @@ class Mover:
         with self._lock:
             self.offer = Offer(number, ready.agent, ready.address)
         logger.warning(
-            "Process %d %s by NIXL (UCX on %s). It listens on %s, where nobody is asked for a proof and nothing is encrypted: "
-            "who reaches it may %s, so only the servers' own network may",
+            "Process %d %s by NIXL (UCX on %s). It listens on %s, where nobody is asked for a proof and nothing is encrypted. "
+            "Who reaches it may %s and take over the process, which has the rights of this server's user: only the servers' own "
+            "network may reach it",
             *(pid, self.what, self._devices, ", ".join(ready.listens) or "no TCP port"),
             "read and overwrite L1" if self._writes else "read L1",
         )

@@ -195,7 +195,7 @@ class PeersTier(AsyncTier):
     def _run(self, woken: int) -> None:
         poller, watched, next_tick = zmq.Poller(), dict[Any, Peer](), self._now()
         poller.register(woken, zmq.POLLIN)
-        while self._closing is None:
+        while self._closing is None or (self._direct is not None and self._direct.is_reading):
             if self._now() >= next_tick:
                 next_tick = self._now() + _TICK_SECONDS
                 self._guarded(self._tick)
@@ -234,9 +234,7 @@ class PeersTier(AsyncTier):
 
     def _end(self, woken: int) -> None:
         self._roster.close()
-        if self._direct is not None:
-            self._direct.close()
-            self._direct = self._region = None
+        self._direct = self._region = None
         self._findings.clear()
         self._diallers.shutdown(wait=False, cancel_futures=True)
         self._copiers.shutdown(wait=False, cancel_futures=True)
@@ -264,6 +262,8 @@ class PeersTier(AsyncTier):
             self._load(operation)
         elif isinstance(operation, Close):
             self._closing = operation
+            if self._direct is not None:
+                self._direct.close()
         elif isinstance(operation, (Remove, Clear)):
             operation.complete(None)  # what other servers have is theirs
         else:
