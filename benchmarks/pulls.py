@@ -2,12 +2,17 @@
 
 limit: as many plain sockets as ours has for payload, to a process of their own, with memory that is in use at both ends and
 nothing checked. ours: the tier of peers in this process loads from a real `lmcache server`. Wall time.
+
+Where NIXL is installed, pulls by it are measured too: over UCX's TCP beside the same sockets, and over shared memory beside one
+thread that copies as many bytes from another process's memory file into the same arena (np.copyto, nothing checked).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import mmap
 import os
 import queue
 import socket
@@ -22,15 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import zmq
 
 from benchmarks.rows import Goal, Row, report
 from benchmarks.run import about
 from lmcache.chunks import Layout, space_fingerprint
+from lmcache.memory.arena import Arena
 from lmcache.peers.dial import Myself
 from lmcache.peers.tier import PeersTier
 from lmcache.runtime import RUNTIME
-from lmcache.tiers import OK, ShardKey
+from lmcache.tiers import OK, Region, ShardKey
 from lmcache.tiers.operation import Close, Contains, Load, Open, Operation
 from lmcache.wire import messages as m
 from lmcache.wire.carriers import UnixCarrier
@@ -91,8 +98,30 @@ class Plain:
         self.child.wait()
 
 
+class Copied:
+    """One thread that copies from one memory file into another."""
+
+    def __init__(self, into: memoryview) -> None:
+        descriptor = os.memfd_create("lmbench")
+        os.ftruncate(descriptor, TOTAL)
+        self.memory = mmap.mmap(descriptor, TOTAL)
+        os.close(descriptor)
+        self.memory[:] = b"x" * TOTAL
+        self.into = np.frombuffer(into, np.uint8)
+
+    def seconds(self) -> float:
+        source, size = np.frombuffer(self.memory, np.uint8), 8 * MIB
+        began = time.perf_counter()
+        for at in range(0, TOTAL, size):
+            np.copyto(self.into[at : at + size], source[at : at + size])
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        pass  # the memory ends with the object
+
+
 @contextmanager
-def served(key: Path | None) -> Iterator[tuple[int, str]]:
+def served(key: Path | None, *more: str) -> Iterator[tuple[int, str]]:
     """A real server: its port, and the path of its socket."""
     with tempfile.TemporaryDirectory(prefix="lmbench-") as folder:
         flags = [
@@ -108,6 +137,7 @@ def served(key: Path | None) -> Iterator[tuple[int, str]]:
             folder,
         ]
         flags += ["--auth-key-file", str(key)] if key else []
+        flags += more
         command = [sys.executable, "-m", "lmcache.cli.main", "server", *flags]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
@@ -146,11 +176,18 @@ class Filled:
 
 
 class Pulling:
-    def __init__(self, port: int, connections: int, key: Path | None) -> None:
+    """arena: what is pulled goes there by NIXL."""
+
+    def __init__(self, port: int, connections: int, key: Path | None, arena: Arena | None = None) -> None:
         self.tier = PeersTier([("127.0.0.1", port)], RUNTIME, connections)
-        self.tier.introduce(Myself(key_file=key))
+        self.tier.introduce(Myself(key_file=key, devices="lo" if arena is not None else ""))
+        if arena is not None:
+            memory = arena.mapping.view(0, arena.size_bytes)
+            self.tier.attach(Region(arena.mapping.address, arena.size_bytes, arena.descriptor, memory))
         self.do(Open)
         while not self.tier._roster.peers or self.tier._roster.peers[0].asks is None:
+            time.sleep(0.01)
+        while arena is not None and self.tier._roster.peers[0].source is None:
             time.sleep(0.01)
 
     def do(self, kind: Any, *arguments: Any) -> Any:
@@ -182,9 +219,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pulls", description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
     parser.add_argument("--connections", type=int, default=2, help="to the peer, for payload; as many plain sockets")
+    parser.add_argument("--only-nixl", action="store_true", help="leave out the pulls over connections")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: does it work, not how fast is it")
     options = parser.parse_args(argv)
-    rows = [row for key in (False, True) for row in measured(options.connections, key, 4 if options.quick else 12)]
+    keys = () if options.only_nixl else (False, True)
+    rows = [row for key in keys for row in measured(options.connections, key, 4 if options.quick else 12)]
+    if importlib.util.find_spec("nixl_cu12") is None:
+        print("NIXL is not installed (pip install --no-deps nixl-cu12), so pulls by it are not measured")
+    else:
+        rows += [
+            row for tls in ("tcp", "cma,tcp") for row in by_nixl(options.connections, tls, 4 if options.quick else 12)
+        ]
     facts = about((), argv, "benchmarks.pulls")
     if options.json:
         options.json.write_text(json.dumps({**facts, "rows": [row.as_json() for row in rows]}, indent=1) + "\n")
@@ -227,6 +272,40 @@ def measured(connections: int, with_key: bool, rounds: int) -> list[Row]:
                 plain.close()
                 ours.do(Close)
     return [*pull.values(), lookup]
+
+
+def by_nixl(connections: int, tls: str, rounds: int) -> list[Row]:
+    """tls: what UCX may use, as its variable of this name says."""
+    said, name = ("UCX TCP", "tcp") if tls == "tcp" else ("shared memory", "shared")
+    pull = {
+        size: Row(f"pull_nixl_{name}_{key}", f"Pull by NIXL, {key} shards, {said}", "GB/s", Goal(0.8, "more", 1.0))
+        for size, key in ((8 * MIB, "8 MiB"), (MIB // 2, "0.5 MiB"))
+    }
+    os.environ["UCX_TLS"] = tls
+    with tempfile.TemporaryDirectory(prefix="lmbench-", dir="/dev/shm") as folder:
+        arena = Arena(Path(folder), TOTAL)
+        try:
+            arena.back([0], TOTAL)
+            memory = arena.mapping.view(0, TOTAL)
+            with served(None, "--peer-transport", "nixl") as (port, path):
+                limit = Plain(connections) if tls == "tcp" else Copied(memory)
+                ours = Pulling(port, connections, None, arena)
+                filled = {size: Filled(path, size, TOTAL // size) for size in pull}
+                try:
+                    for round_ in range(rounds + 1):
+                        for size, row in pull.items():
+                            into = [memory[at : at + size] for at in range(0, TOTAL, size)]
+                            other, own = limit.seconds(), ours.load_seconds(filled[size].keys, into)
+                            if round_:
+                                row.add("limit", [TOTAL / other / 1e9])
+                                row.add("ours", [TOTAL / own / 1e9])
+                    assert ours.tier._roster.peers[0].source is not None, "it went over TCP in between"
+                finally:
+                    limit.close()
+                    ours.do(Close)
+        finally:
+            arena.close()
+    return list(pull.values())
 
 
 if __name__ == "__main__":

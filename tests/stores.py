@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import pickle
@@ -37,6 +38,8 @@ FETCHED = Path(__file__).resolve().parents[1] / ".cache/redis/bin"
 """Where `./run test` puts Debian's redis-server."""
 MOONCAKE = FETCHED.parents[1] / "mooncake"
 """Where `./run test` puts the wheel of Mooncake (`site`), and what Debian has of its libraries (`system`)."""
+NIXL = FETCHED.parents[1] / "nixl/site"
+"""Where `./run test` puts the wheel of NIXL."""
 INFINISTORE = FETCHED.parents[1] / "infinistore"
 """Where `./run test` puts the wheel of InfiniStore (`site`), and a library in place of RDMA (`lib`)."""
 READER, READER_SECRET = "READACCESSKEY", "READSECRETKEY"
@@ -229,6 +232,15 @@ def mooncake_environment() -> dict[str, str]:
         "LD_LIBRARY_PATH": os.pathsep.join([*folders, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
         "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(MOONCAKE / "site")]),
     }
+
+
+def nixl_environment() -> dict[str, str]:
+    """What processes need to import NIXL; skips the test where it is not there."""
+    if importlib.util.find_spec("nixl_cu12") is not None:
+        return {}
+    if not (NIXL / "nixl_cu12").exists():
+        pytest.skip("no NIXL in .cache/nixl: `./run test` could not fetch it (x86-64 or aarch64 with pip)")
+    return {"PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(NIXL)])}
 
 
 class StoreProcess:

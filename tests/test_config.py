@@ -86,6 +86,8 @@ SAMPLES = {
     "peers": ("host-b,10.0.0.1:7", ("host-b:5555", "10.0.0.1:7")),
     "peer_address": ("host-a", "host-a:5555"),
     "peer_keep": ("no", "no"),
+    "peer_transport": ("NIXL", "nixl"),
+    "peer_devices": ("mlx5_0:1,eth1", "mlx5_0:1,eth1"),
     "l1_size_gb": ("2.5", 2.5),
     "eviction_policy": ("lru", "LRU"),
     "chunk_size": ("1", 1),

@@ -551,12 +551,14 @@ def impostor(
     server: bytes = b"s" * 16,
     host: str = "127.0.0.1",
     port: int = 0,
+    meets: bool = False,
 ) -> Impostor:
     """A server of this id that answers everything but hellos and pings by `answers`."""
 
     def answer(sequence: int, request: m.Message) -> list[bytes] | None:
         if isinstance(request, m.Hello):
-            return [m.encode(sequence, m.Welcome(m.PROTOCOL_VERSION, __version__, server, 16, "", b"a" * 16, 1 << 20))]
+            welcome = m.Welcome(m.PROTOCOL_VERSION, __version__, server, 16, "", b"a" * 16, 1 << 20, meets=meets)
+            return [m.encode(sequence, welcome)]
         told = (m.Ok(), list[bytes]()) if isinstance(request, m.Ping | m.Bye) else answers(request)
         return None if told is None else [m.encode(sequence, told[0]), *told[1]]
 

@@ -22,6 +22,7 @@ THE_TIERS_CALL = (
 ENDS = {
     ("cli/replay.py", "one.result()"): "no wait: a simulation's result",
     ("config/hosts.py", "answer.result()"): "the answer is there: it has been waited for, with a time-out",
+    ("peers/mover.py", "process.wait()"): "the process was killed, and this thread has nothing else to do",
     ("peers/tier.py", "self._copiers.shutdown(wait=False, cancel_futures=True)"): "it does not wait",
     ("peers/tier.py", "self._diallers.shutdown(wait=False, cancel_futures=True)"): "it does not wait",
     (

@@ -53,7 +53,8 @@ REQUESTS = [
     m.TakeNews(),
     m.Differs("chatcmpl-1", 37),
     m.Has(bytes(16), 1, bytes(32)),
-    m.Pull(bytes(16), 2, 1, bytes(32)),
+    m.Pull(bytes(16), 2, 1, bytes(32), 3),
+    m.Meet(),
 ]
 ANSWERS = [
     m.Welcome(1, "0.1", b"s", 16, "/p", b"a", 4096, "/c"),
@@ -64,7 +65,8 @@ ANSWERS = [
     m.Found(2, 1, bytes(8)),
     m.Reserved(1, bytes(8), 0, ""),
     m.Having(b"\1\0"),
-    m.Pulled([bytes(128), b""]),
+    m.Pulled([bytes(128), b""], 7, bytes(4)),
+    m.Met(3, b"agent", 1 << 46),
     m.Proven(bytes(32), bytes(32), "127.0.0.1:5555 in net:[1]"),
     m.News([("stored", bytes(32)), ("removed", b"")], True),
 ]

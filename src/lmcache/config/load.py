@@ -182,6 +182,11 @@ def _check_together(config: ServerConfig, given: Mapping[str, Given]) -> None:
         raise ConfigError(
             "--peers redis://...: a directory of servers needs --auth-key-file FILE, since others may write to the store"
         )
+    if config.peer_transport == "nixl" and not config.nixl_devices:
+        raise ConfigError(
+            f"--peer-transport nixl with {said('host')}: name the network devices of the servers' own network with "
+            "--peer-devices (such as mlx5_0:1), since whoever reaches them can read and overwrite L1"
+        )
     ports: dict[int, str] = {}
     for name in ("port", "http_port", "prometheus_port"):
         port = getattr(config, name)

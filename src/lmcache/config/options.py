@@ -231,6 +231,13 @@ def one_peer(text: str) -> str:
     return found[0] if found else ""
 
 
+def devices(text: str) -> str:
+    """Parse names of network devices with commas between them, as UCX takes them."""
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*", text):
+        raise ValueError("must be names of network devices with commas between them, such as mlx5_0:1,eth1")
+    return text
+
+
 def peers_or_directory(text: str) -> tuple[str, ...]:
     """Parse lines of addresses as `peers` does, of which one may be the URL of a directory instead."""
     lines = [line.strip() for line in text.splitlines()]

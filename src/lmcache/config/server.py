@@ -121,6 +121,16 @@ class ServerConfig:
         *("WHEN", read.word("yes", "no"), "yes"),
         help="yes: what was pulled from --peers stays in L1 as any other chunk. no: it leaves L1 when an engine has read it.",
     )
+    peer_transport: str = _tiers(
+        *("HOW", read.word("tcp", "nixl"), "tcp"),
+        help="nixl: where the other server says so too, the KV of pulls goes by NIXL (UCX: RDMA, or TCP, or shared memory) from "
+        "arena to arena. UCX asks for no proof and encrypts nothing: who reaches its ports can read and overwrite L1.",
+    )
+    peer_devices: str = _tiers(
+        *("NAME,...", read.devices, ""),
+        default_text="lo where --host is a loopback address",
+        help="The network devices for --peer-transport nixl, as UCX names them: mlx5_0:1, eth1. It listens on no other.",
+    )
     l2: tuple[str, ...] = _tiers(
         *("URL", read.urls, ()),
         default_text="none",
@@ -293,6 +303,13 @@ class ServerConfig:
     def l2_queue_bytes(self) -> int:
         """Bytes of chunks that may wait to be written to one tier."""
         return int(self.l2_queue_gb * GIB) or self.l1_bytes // 2
+
+    @property
+    def nixl_devices(self) -> str:
+        """The network devices of NIXL; "" if it is not used, or no device is known."""
+        if self.peer_transport != "nixl":
+            return ""
+        return self.peer_devices or ("" if self.beyond_loopback else "lo")
 
     @property
     def tier_urls(self) -> tuple[str, ...]:

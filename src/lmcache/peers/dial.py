@@ -38,6 +38,8 @@ class Myself:
     """Host and port are those on which this server listens for engines and peers."""
     address: str = ""
     """HOST:PORT by which others reach this server; "" if they use `host` and `port`."""
+    devices: str = ""
+    """The network devices by which a mover may read from other servers (`--peer-devices`); "": there is none."""
 
 
 _WORDS = {
@@ -56,11 +58,12 @@ class Itself(LMCacheError):
 
 @dataclass(frozen=True)
 class Dialled:
-    """New connections to one server. asks: for questions. pulls: for payload."""
+    """New connections to one server. asks: for questions. pulls: for payload. meets: whether it may lend by a mover."""
 
     server: bytes
     asks: ZmqCarrier
     pulls: list[ZmqCarrier]
+    meets: bool = False
 
     def close(self) -> None:
         _hang_up([self.asks, *self.pulls])
@@ -84,7 +87,7 @@ def dial(address: str, connections: int, myself: Myself) -> Dialled:
 
 def _dial(address: str, connections: int, myself: Myself) -> Dialled:
     made: list[ZmqCarrier] = []
-    servers = set[bytes]()
+    servers, meets = set[bytes](), True
     try:
         for number in range(connections + 1):
             endpoint = Endpoint(
@@ -102,6 +105,7 @@ def _dial(address: str, connections: int, myself: Myself) -> Dialled:
             if welcome.server == myself.server_id:
                 raise Itself(f"{address} is this server")
             servers.add(welcome.server)
+            meets = meets and welcome.meets
             if myself.chunk_tokens not in (0, welcome.chunk_tokens):
                 raise ServerRefused(
                     f"its chunks have {welcome.chunk_tokens} tokens, and this server's {myself.chunk_tokens}, so none of them "
@@ -112,7 +116,7 @@ def _dial(address: str, connections: int, myself: Myself) -> Dialled:
     except BaseException:
         _hang_up(made)
         raise
-    return Dialled(servers.pop(), made[0], made[1:])
+    return Dialled(servers.pop(), made[0], made[1:], meets)
 
 
 def _hang_up(carriers: Sequence[ZmqCarrier]) -> None:

@@ -32,6 +32,8 @@ class Question:
     size: int = 0
     wanted: Callable[[], bool] = lambda: True
     asked: float = field(default=0.0, init=False)
+    link: Link | None = field(default=None, init=False)
+    """Where it was asked."""
 
 
 class Link:
@@ -59,7 +61,7 @@ class Link:
     def ask(self, now: float, question: Question) -> None:
         """Raises ServerUnavailable if the other server has hung up; the question is not asked then."""
         number = self.carrier.send(question.request)
-        question.asked = now
+        question.asked, question.link = now, self
         self._waiting[number] = question
 
     def is_slow(self, now: float) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from lmcache.observability.log import init_logger
 from lmcache.peers.dial import Dialled
@@ -14,6 +16,19 @@ MAX_PULLS = 4
 """The most unanswered pulls of one link, so that the other server reads some ahead and holds little memory."""
 MAX_PULLED_BYTES = 16 << 20
 """The most bytes of these, unless one pull is larger. A server refuses what it would have to hold for peers beyond 512 MiB."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a peer's arena is read. reader, lender: the numbers of this server's mover and of the peer's. name: by which this
+    server's mover knows the other. address: of the arena's first byte there. forget: tells this server's mover that the source
+    is of no more use."""
+
+    reader: int
+    lender: int
+    name: bytes
+    address: int
+    forget: Callable[[], object]
 
 
 class Peer:
@@ -35,6 +50,14 @@ class Peer:
         """Payload that the peer has been asked for, or will be, and has not sent."""
         self._queue: deque[Question] = deque()
         """Pulls that wait until a link has fewer than `MAX_PULLS`."""
+        self.meets = self.meeting = False
+        """Whether the peer may lend by a mover, and whether it is being asked how."""
+        self.source: Source | None = None
+        """None: payload comes over the links."""
+        self.direct = Breaker()
+        """Opens when a read from the source fails. A read that succeeds closes it."""
+        self.pulled_by = ""
+        """What the log says of that."""
 
     @property
     def links(self) -> list[Link]:
@@ -49,6 +72,7 @@ class Peer:
         self.server, self.is_needless = dialled.server, False
         self.asks = Link(dialled.asks, timeout_seconds, now)
         self.pulls = [Link(one, timeout_seconds, now) for one in dialled.pulls]
+        self.meets, self.pulled_by = dialled.meets, ""
         self.breaker.succeeded()
         logger.info("Peer %s: connected; lookups find what it has", self.address)
 
@@ -65,7 +89,13 @@ class Peer:
         self.breaker.failed(now, reason, at_once=True)
         self.close(reason)
 
+    def no_source(self) -> None:
+        source, self.source = self.source, None
+        if source is not None:
+            source.forget()
+
     def close(self, reason: str, goodbye: bool = False) -> None:
+        self.no_source()
         links, self.asks, self.pulls = self.links, None, []
         waiting, self._queue = self._queue, deque()
         for link in links:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lmcache.observability.log import init_logger
 from lmcache.peers.link import Frames
-from lmcache.peers.peer import Peer
+from lmcache.peers.peer import Peer, Source
 from lmcache.tiers import ABSENT, ShardKey
 from lmcache.tiers.frame import CHECKSUM, OTHER_SIZE, Checksum, check_header
 from lmcache.tiers.operation import Load
@@ -34,13 +34,16 @@ class Loading:
 
 @dataclass(eq=False)
 class Pulling:
-    """One pull, of the shards with these places in a load. key: of its first shard; the others differ in the chunk only."""
+    """One pull, of the shards with these places in a load. key: of its first shard; the others differ in the chunk only. source:
+    from where a mover reads the payload, to these offsets in the arena; None: it comes with the answer."""
 
     load: Loading
     peer: Peer
     places: list[int]
     size: int
     key: ShardKey = field(init=False)
+    source: Source | None = field(default=None, init=False)
+    offsets: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.key = self.load.operation.keys[self.places[0]]
@@ -54,7 +57,8 @@ class Pulling:
     def request(self) -> m.Pull:
         keys = self.load.operation.keys
         space, _, shard, shards = self.key
-        return m.Pull(space, shards, shard, b"".join(keys[place].chunk for place in self.places))
+        chunks = b"".join(keys[place].chunk for place in self.places)
+        return m.Pull(space, shards, shard, chunks, self.source.lender if self.source is not None else 0)
 
     def take(self, headers: list[bytes], frames: Frames) -> list[str]:
         """Copy what has arrived into the buffers, and check it. Returns the outcome of each shard; any thread may do this."""
@@ -72,6 +76,28 @@ class Pulling:
             logger.exception("Shards of a peer could not be copied")
             outcomes = [CHECKSUM] * len(self.places)
         return outcomes
+
+    def check(self, headers: list[bytes]) -> list[str]:
+        """Check what a mover has read into the buffers. Returns the outcome of each shard; any thread may do this."""
+        operation = self.load.operation
+        try:
+            return [
+                _checked(header, operation.keys[place], operation.into[place]) if header else ABSENT
+                for header, place in zip(headers, self.places, strict=True)
+            ]
+        except Exception:  # top of the thread: the load must end
+            logger.exception("Shards of a peer could not be checked")
+            return [CHECKSUM] * len(self.places)
+
+
+def _checked(header: bytes, key: ShardKey, there: memoryview) -> str:
+    wrong = check_header(header, key, there.nbytes)
+    if wrong:
+        return wrong
+    checksum = Checksum()
+    for start in range(0, there.nbytes, PIECE_BYTES):
+        checksum.update(there[start : start + PIECE_BYTES])
+    return checksum.check(header, key)
 
 
 def _shards(frames: Frames, count: int, size: int) -> list[memoryview]:

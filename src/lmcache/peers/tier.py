@@ -24,6 +24,7 @@ from lmcache.config.options import integer, number, peers, word
 from lmcache.errors import ConfigError, ServerUnavailable
 from lmcache.observability.log import init_logger
 from lmcache.peers.dial import MAX_CONNECTIONS, MAX_PEERS, Myself, Name
+from lmcache.peers.direct import Direct
 from lmcache.peers.directory import Directory
 from lmcache.peers.findings import MAX_KNOWN, Finding, Findings
 from lmcache.peers.link import Frames, Question
@@ -31,7 +32,7 @@ from lmcache.peers.peer import Peer
 from lmcache.peers.pulls import Loading, Pulling
 from lmcache.peers.roster import Roster
 from lmcache.runtime import Runtime
-from lmcache.tiers import ABSENT, OK, AsyncTier, ShardKey, TierError, Usage
+from lmcache.tiers import ABSENT, OK, AsyncTier, Region, ShardKey, TierError, Usage
 from lmcache.tiers.operation import Clear, Close, Contains, Load, Open, Operation, Remove
 from lmcache.tiers.redis.address import nodes_of, prefix_of
 from lmcache.tiers.redis.leases import Leases
@@ -87,6 +88,9 @@ class PeersTier(AsyncTier):
         """Guards writing to `_wake` and closing it."""
         self._closing: Close | None = None
         self._trouble = ""
+        self._region: Region | None = None
+        self._direct: Direct | None = None
+        """Pulls of the mover; None: there is no mover."""
         self._roster: Roster
         self._diallers: Executor
         self._copiers: Executor
@@ -122,6 +126,9 @@ class PeersTier(AsyncTier):
         self._myself = myself
         if self._directory is not None:
             self._directory.introduce(myself)
+
+    def attach(self, region: Region) -> None:
+        self._region = region
 
     def usage(self) -> Usage:
         return Usage(0, 0, None)
@@ -159,6 +166,9 @@ class PeersTier(AsyncTier):
         self._roster = Roster(
             *settings, now=self._now, soon=self._soon_heard, diallers=self._diallers, directory=self._directory
         )
+        if self._myself.devices and self._region is not None:
+            about = self._region, self._myself, self._timeout_seconds, self._runtime
+            self._direct = Direct(*about, soon=self._soon, watch=self._roster.watch)
         woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._runtime.start(partial(self._run, woken), "lmcache-peers")
 
@@ -185,7 +195,7 @@ class PeersTier(AsyncTier):
     def _run(self, woken: int) -> None:
         poller, watched, next_tick = zmq.Poller(), dict[Any, Peer](), self._now()
         poller.register(woken, zmq.POLLIN)
-        while self._closing is None:
+        while self._closing is None or (self._direct is not None and self._direct.is_reading):
             if self._now() >= next_tick:
                 next_tick = self._now() + _TICK_SECONDS
                 self._guarded(self._tick)
@@ -218,10 +228,13 @@ class PeersTier(AsyncTier):
 
     def _tick(self) -> None:
         self._roster.tick(self._now())
+        if self._direct is not None:
+            self._direct.tick(self._roster.peers)
         self._trouble = "; ".join(self._roster.troubles())
 
     def _end(self, woken: int) -> None:
         self._roster.close()
+        self._direct = self._region = None
         self._findings.clear()
         self._diallers.shutdown(wait=False, cancel_futures=True)
         self._copiers.shutdown(wait=False, cancel_futures=True)
@@ -249,6 +262,8 @@ class PeersTier(AsyncTier):
             self._load(operation)
         elif isinstance(operation, Close):
             self._closing = operation
+            if self._direct is not None:
+                self._direct.close()
         elif isinstance(operation, (Remove, Clear)):
             operation.complete(None)  # what other servers have is theirs
         else:
@@ -346,8 +361,8 @@ class PeersTier(AsyncTier):
         self._loading[operation] = load
         self._pull(load, range(count))
 
-    def _pull(self, load: Loading, places: Iterable[int]) -> None:
-        """Ask for these shards, each at a peer that has it and was not asked before."""
+    def _pull(self, load: Loading, places: Iterable[int], direct: bool = True) -> None:
+        """Ask for these shards, each at a peer that has it and was not asked before. direct: whether movers may read them."""
         pulls: list[Pulling] = []
         for place in places:
             key, size = load.operation.keys[place], len(load.operation.into[place])
@@ -365,31 +380,49 @@ class PeersTier(AsyncTier):
             pull.peer.queued_bytes += size
             sources.remove(pull.peer)
         for pull in pulls:
-            arrived, lost = partial(self._arrived, pull), partial(self._lost, pull)
-            question = Question(pull.request, arrived, lost, pull.size, lambda: not load.cancelled)
+            if direct and self._direct is not None:
+                self._direct.use(pull)
+            question = Question(
+                pull.request, _unheard, partial(self._lost, pull), pull.size, lambda: not load.cancelled
+            )
+            question.answered = partial(self._arrived, pull, question)
             self._roster.watch(pull.peer, partial(pull.peer.pull, self._now(), question))
         self._end_load(load)
 
     def _lost(self, pull: Pulling, reason: str) -> None:
         self._tried(pull, ["lost"] * len(pull.places))
 
-    def _arrived(self, pull: Pulling, answer: m.Answer, frames: Frames) -> None:
+    def _arrived(self, pull: Pulling, question: Question, answer: m.Answer, frames: Frames) -> None:
         load = pull.load
         if not isinstance(answer, m.Pulled) or len(answer.headers) != len(pull.places):
             reason = "refused" if isinstance(answer, m.Error) else "wrong answer"
             self._tried(pull, [reason] * len(pull.places))
+        elif answer.lease and self._direct is not None and pull.source is not None:
+            load.copying += 1
+            self._direct.begin(pull, question.link, answer, partial(self._read, pull, answer.headers))
         elif load.cancelled or not frames:
             self._tried(pull, [ABSENT] * len(pull.places))
         else:
             load.copying += 1
-            try:
-                self._copiers.submit(self._copy, pull, answer.headers, frames)
-            except RuntimeError:  # no thread can be started
-                load.copying -= 1
-                self._tried(pull, ["no thread"] * len(pull.places))
+            self._copy_soon(pull, partial(pull.take, answer.headers, frames))
 
-    def _copy(self, pull: Pulling, headers: list[bytes], frames: Frames) -> None:
-        outcomes = pull.take(headers, frames)
+    def _read(self, pull: Pulling, headers: list[bytes], complete: bool) -> None:
+        """Check what a mover has read, or ask for it once more if it could not."""
+        if pull.load.cancelled or not complete:
+            pull.load.copying -= 1
+            self._tried(pull, [ABSENT if pull.load.cancelled else "not read"] * len(pull.places), by_link=not complete)
+        else:
+            self._copy_soon(pull, partial(pull.check, headers))
+
+    def _copy_soon(self, pull: Pulling, copy: Callable[[], list[str]]) -> None:
+        try:
+            self._copiers.submit(self._copy, pull, copy)
+        except RuntimeError:  # no thread can be started
+            pull.load.copying -= 1
+            self._tried(pull, ["no thread"] * len(pull.places))
+
+    def _copy(self, pull: Pulling, copy: Callable[[], list[str]]) -> None:
+        outcomes = copy()
 
         def done() -> None:
             pull.load.copying -= 1
@@ -397,19 +430,23 @@ class PeersTier(AsyncTier):
 
         self._soon(done)
 
-    def _tried(self, pull: Pulling, outcomes: list[str]) -> None:
-        """Note how the shards of a pull have arrived, and try those that have not at another peer."""
+    def _tried(self, pull: Pulling, outcomes: list[str], by_link: bool = False) -> None:
+        """Note how the shards of a pull have arrived, and try those that have not at another peer. by_link: at the same one, over
+        its links."""
         load, again = pull.load, list[int]()
         pull.peer.queued_bytes -= pull.size
         for place, outcome in zip(pull.places, outcomes, strict=True):
             load.outcomes[place] = outcome
             if outcome != OK and not load.cancelled:
-                self._findings.lost(pull.peer, load.operation.keys[place])
+                if by_link:
+                    load.sources[place].append(pull.peer)
+                else:
+                    self._findings.lost(pull.peer, load.operation.keys[place])
                 if load.sources[place]:
                     again.append(place)
         load.left -= len(outcomes) - len(again)
         if again:
-            self._pull(load, again)
+            self._pull(load, again, direct=not by_link)
         self._end_load(load)
 
     def _end_load(self, load: Loading) -> None:
@@ -432,6 +469,10 @@ def _directory_of(text: str, url: TierURL) -> Directory:
     store.finish()
     url.inline_secret |= store.inline_secret
     return Directory(leases, store.redacted, url.runtime.now)
+
+
+def _unheard(answer: m.Answer, frames: Frames) -> None:
+    raise AssertionError("a question has no answer before it is asked")
 
 
 def _why(answer: m.Answer) -> str:

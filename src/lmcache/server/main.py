@@ -124,7 +124,7 @@ def _tiers_of(config: ServerConfig, runtime: Runtime, server_id: bytes, urls: li
 
             assert isinstance(spec.tier, PeersTier)
             who = server_id, config.auth_key_file, config.insecure_no_auth, config.chunk_size
-            spec.tier.introduce(Myself(*who, config.host, config.port, config.peer_address))
+            spec.tier.introduce(Myself(*who, config.host, config.port, config.peer_address, config.nixl_devices))
     return specs
 
 
@@ -199,6 +199,12 @@ def start(
     records_bytes = int(config.records_mb * 2**20)
     service = Service(loop, l1, config.chunk_size, workers, tiering, server_id, records_bytes)
     service.eviction, service.l1_codec = eviction, config.l1_codec
+    if config.nixl_devices and owner is None:
+        from lmcache.server.lending import Lending  # imported late, since most servers have no mover
+
+        lending = Lending(loop, arena.descriptor, arena.size_bytes, config.nixl_devices)
+        started.callback(lending.close)
+        service.lend_through(lending)
     _observe(config, service, bool(specs), started)
     attaching = Attaching(
         loop, tiering, urls, lambda url: _tiers_of(config, runtime, server_id, [url])[0], workers, config.drain_seconds

@@ -68,6 +68,7 @@ HELP: dict[str, str] = {
     "lent_shards_total": "Shards that other servers have pulled from this one.",
     "awaited_pulls_total": "Pulls of other servers that waited until an engine had stored what they asked for.",
     "lent_bytes_total": "Bytes of the shards that other servers have pulled from this one.",
+    "lent_by_nixl_bytes_total": "Bytes of these that the other servers have read from L1 by NIXL.",
     "arena_bytes": "Size of the L1 arena.",
     "arena_backed_bytes": "Bytes of the arena for which memory is allocated.",
     "arena_used_bytes": "Bytes of the arena that hold chunks.",

@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
+import numpy as np
+
 from lmcache.cache import L1, Refusal
 from lmcache.chunks import split_hashes
 from lmcache.observability.log import init_logger
+from lmcache.server.lending import Lending
 from lmcache.server.loop import Loop
 from lmcache.server.sessions import MAX_HELD_BYTES, MAX_HELD_BYTES_OF_PEERS, Peer, Sessions
 from lmcache.tiers import ShardKey
@@ -48,6 +51,8 @@ class PayloadCopies:
     def __init__(self, loop: Loop, l1: L1, sessions: Sessions, workers: Executor, counters: Counter[str]) -> None:
         self.filling: set[int] = set()
         """Reservations whose extents an I/O thread is writing."""
+        self.lending: Lending | None = None
+        """What movers read; None: this server lends over connections only."""
         self._pinned_bytes = 0
         """Of the chunks that only peers have leased: all shards of a chunk stay for one."""
         self._loop, self._l1, self._sessions, self._workers, self._counters = loop, l1, sessions, workers, counters
@@ -69,6 +74,7 @@ class PayloadCopies:
         l1, name, process = self._l1, (request.space, request.shards, request.shard), peer.process
         lent = l1.lend(self._loop.now(), process, *name, request.hashes)
         size = lent.shard_bytes * len(lent.found)
+        lending = self.lending if self.lending is not None and self.lending.has(request.mover) else None
 
         def returned() -> None:
             l1.release(process, lent.lease)
@@ -84,15 +90,26 @@ class PayloadCopies:
                 frames.append(l1.view(sector, lent.shard_bytes).toreadonly())
                 key = ShardKey(request.space, chunk, request.shard, request.shards)
                 headers[chunk] = make_header(key, parent, frames[-1])
+            named = list(map(headers.__getitem__, split_hashes(request.hashes)))
+            if lent.found and lending is not None:
+                places = {chunk: sector for chunk, _, sector in lent.found}
+                asked = [places[chunk] for chunk in split_hashes(request.hashes) if chunk in places]
+                return m.Pulled(named, lent.lease, np.array(asked, "<u4").tobytes()), []
             if lent.found and lent.shard_bytes < m.JOINED_BYTES:
                 frames = [memoryview(b"".join(frames))]
-            return m.Pulled(list(map(headers.__getitem__, split_hashes(request.hashes)))), frames
+            return m.Pulled(named), frames
 
         def sealed(answer: m.Message, frames: Frames, sent: Callable[[], None] = nothing) -> None:
-            if frames and not peer.gone:
+            by_mover = isinstance(answer, m.Pulled) and answer.lease > 0 and not peer.gone
+            if (frames or by_mover) and not peer.gone:
                 self._counters["lent_shards"] += len(lent.found)
                 self._counters["lent_bytes"] += size
-            reply(answer, frames, returned)
+            if by_mover and lending is not None:
+                self._counters["lent_by_nixl_bytes"] += size
+                lending.lend(peer, lent.lease, returned)
+                reply(answer, [])
+            else:
+                reply(answer, frames, returned)
 
         self._pinned_bytes += lent.pinned_bytes
         peer.busy += 1  # until the frames are sent: the lease must not end before, even if the peer has gone

@@ -310,7 +310,7 @@ class Report:
         for name in ("stored_tokens", "retrieved_tokens", "renewed_leases", "failed_loads", "failed_stores", "malformed_messages",
                      "refused_requests", "failed_requests", "internal_errors",
                      "unsent_answers", "unanswered_messages", "news_chunks", "news_overflows", "lent_shards", "lent_bytes",
-                     "awaited_pulls"):  # fmt: skip
+                     "lent_by_nixl_bytes", "awaited_pulls"):  # fmt: skip
             out[f"{name}_total"] = service.counters[name]
         out |= self._token_counters()
         accounts = service.accounts

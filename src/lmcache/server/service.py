@@ -24,6 +24,7 @@ from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.server.eviction import Eviction
 from lmcache.server.followers import Followers
+from lmcache.server.lending import Lending
 from lmcache.server.loop import Loop
 from lmcache.server.named import Models
 from lmcache.server.parked import ParkedPulls
@@ -119,6 +120,11 @@ class Service:
             self.sessions.on_gone.append(lambda process: fetches.leave(loop.now(), process))
             tiering.on_clear.append(self.followers.tier_cleared)
             tiering.on_join += [self.followers.tier_joined, self._tier_joined]
+
+    def lend_through(self, lending: Lending) -> None:
+        """Let other servers' movers read from L1."""
+        self._payload.lending, self.sessions.meets = lending, True
+        self._answers_to_peers |= {m.Meet: lending.meet, m.Release: lending.released}
 
     def _tier_joined(self, runner: TierRunner) -> None:
         self.accounts.found[runner.name] += 0  # shown from the beginning

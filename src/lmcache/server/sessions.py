@@ -73,6 +73,8 @@ class Sessions:
         self.server_id = server_id or secrets.token_bytes(16)
         self.socket_path = ""
         self.cookie_path = ""
+        self.meets = False
+        """Whether other servers may ask how to read from L1 by themselves."""
         self.peers: set[Peer] = set()
         self.refused = Refused(now)
         self.held_bytes = 0
@@ -119,6 +121,7 @@ class Sessions:
             self._l1.claim_seconds,
             self._l1.epoch,
             self._l1.arena.huge != "never",
+            self.meets,
         )
 
     def gone(self, peer: Peer) -> None:

@@ -41,6 +41,8 @@ MAX_PULLED_FRAMES = 64
 """Bound of the payload frames of one `Pulled`. Each takes the server's loop some 20 us."""
 JOINED_BYTES = 1 << 16
 """Shards of fewer bytes travel in one payload frame."""
+MAX_AGENT_BYTES = 1 << 16
+"""Bound of what a library says about how to read a server's arena."""
 COMING = 2
 """Of a chunk, in `Having`: a `Pull` of it waits for a short time until it is complete."""
 PEER = "peer"
@@ -286,6 +288,14 @@ class Pull(Message, frozen=True, tag=19):
     shards: int
     shard: int
     hashes: Asked
+    mover: int = 0
+    """Of what `Met` has told: the peer reads the shards from the arena by itself. Then the answer has their places in place of
+    payload frames, unless the server has no such mover any more."""
+
+
+class Meet(Message, frozen=True, tag=22):
+    """From a peer: ask how to read from the arena without this connection. Only for servers whose `Welcome` says so. Answered by
+    `Met`."""
 
 
 # Answers
@@ -311,6 +321,8 @@ class Welcome(Message, frozen=True, tag=64):
     """Names this server's time with this arena: a hit holds for one epoch. b"" from a server that has no epochs."""
     huge_pages: bool = True
     """Whether the engine asks the kernel for huge pages where it maps the arena."""
+    meets: bool = False
+    """Whether the server answers `Meet`."""
 
     @property
     def holds_for(self) -> bytes:
@@ -411,9 +423,22 @@ class Having(Message, frozen=True, tag=73):
 
 class Pulled(Message, frozen=True, tag=74):
     """One header (`tiers.frame`) for each chunk of a `Pull`; b"" where L1 does not have the chunk. The others' payload
-    follows in the same order: a frame for each, or one frame with all of them (`JOINED_BYTES`)."""
+    follows in the same order: a frame for each, or one frame with all of them (`JOINED_BYTES`), or their places."""
 
     headers: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=128)]], msgspec.Meta(max_length=MAX_ASKED_CHUNKS)]
+    lease: int = 0
+    """The lease under which the peer reads the shards; the peer ends it with `Release`. 0: none."""
+    extents: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_ASKED_CHUNKS)] = b""
+    """Of the lease, the sector of each shard."""
+
+
+class Met(Message, frozen=True, tag=75):
+    """How to read from the arena. mover: names the process to read from; 0 if there is none now. agent: what NIXL needs to reach
+    it. address: of the arena's first byte there."""
+
+    mover: int = 0
+    agent: Annotated[bytes, msgspec.Meta(max_length=MAX_AGENT_BYTES)] = b""
+    address: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
 
 
 Request = (
@@ -438,8 +463,9 @@ Request = (
     | Differs
     | Has
     | Pull
+    | Meet
 )
-Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven | News | Having | Pulled
+Answer = Welcome | Ok | Error | Registered | Found | Reserved | Proven | News | Having | Pulled | Met
 AnswerT = TypeVar("AnswerT", bound=Message)
 
 # Decoding raises these: msgspec's own errors, and those for invalid UTF-8, deep nesting and an invalid layout.

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lmcache.runtime import RUNTIME
-from lmcache.tiers.mooncake.words import BYE, PACKET_BYTES, Answer, Ask, State, decode_ask, decode_task, encode
+from lmcache.tiers.child import PACKET_BYTES, begin, listening
+from lmcache.tiers.mooncake.words import BYE, Answer, Ask, State, decode_ask, decode_task, encode
 
-_PR_SET_PDEATHSIG = 1
-_LISTENS = "0A"
-"""State of a listening socket in /proc/net/tcp."""
 _ABSENT = -704
 
 
@@ -78,15 +73,9 @@ class Verbs:
 def main(text: str) -> None:
     """Join the store, say so, and answer until the server ends."""
     task = decode_task(text)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes of a terminal; the server says when to end
     control = socket.socket(fileno=task.control)
     leave: list[Callable[[], object]] = []
-    RUNTIME.start(partial(_end_with_the_server, control, leave), "lmcache-server-watch")
-    if os.getppid() != task.parent:
-        os._exit(0)
+    begin(task.parent, control, leave, BYE)
     try:
         from mooncake.store import MooncakeDistributedStore, ReplicateConfig
     except (ImportError, OSError) as error:
@@ -123,32 +112,6 @@ def _serve(lane: socket.socket, verbs: Verbs) -> None:
         except Exception as error:  # belongs to whoever has asked
             answer = Answer([], f"{type(error).__name__}: {error}")
         lane.send(encode(answer))
-
-
-def _end_with_the_server(control: socket.socket, leave: list[Callable[[], object]]) -> None:
-    if control.recv(PACKET_BYTES) == BYE:
-        for call in leave:
-            call()
-    os._exit(0)
-
-
-def listening() -> list[str]:
-    """Return `host:port` of each TCP socket on which this process listens."""
-    inodes, found = set[str](), []
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            inodes.add(os.readlink(link))
-        except OSError:
-            continue  # the descriptor of the folder itself
-    for file, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path("/proc/self/net", file).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == _LISTENS and f"socket:[{fields[9]}]" in inodes:
-                host, _, port = fields[1].partition(":")
-                raw = b"".join(bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8))
-                name = socket.inet_ntop(family, raw)
-                found.append(f"[{name}]:{int(port, 16)}" if ":" in name else f"{name}:{int(port, 16)}")
-    return sorted(found)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import mmap
 import os
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ import msgspec
 
 from lmcache.config.hosts import connect, in_url
 from lmcache.observability.log import printable
+from lmcache.tiers import child
+from lmcache.tiers.child import PACKET_BYTES
 from lmcache.tiers.mooncake.words import (
     BYE,
     MOST_KEYS,
-    PACKET_BYTES,
     Answer,
     Ask,
     State,
@@ -87,8 +87,8 @@ class StoreProcess:
         self._joining = joining
         hostname = joining.hostname or _own_address(joining)
         memory = os.memfd_create("lmcache-mooncake", os.MFD_CLOEXEC)
-        self._control, control = _pair()
-        pairs = [_pair() for _ in range(joining.workers + _ASKING_LANES)]
+        self._control, control = child.pair()
+        pairs = [child.pair() for _ in range(joining.workers + _ASKING_LANES)]
         try:
             os.ftruncate(memory, joining.workers * LANE_BYTES)
             self._map = memoryview(mmap.mmap(memory, joining.workers * LANE_BYTES))
@@ -105,13 +105,11 @@ class StoreProcess:
                 devices=joining.devices,
                 master=joining.master,
             )
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "lmcache.tiers.mooncake.client", encode_task(task).decode()],
-                env=_environment(joining, hostname),
-                pass_fds=[task.control, *task.lanes, memory],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                cwd="/",  # python -m looks for modules in its working directory first
+            self._child = child.start(
+                "lmcache.tiers.mooncake.client",
+                encode_task(task),
+                [task.control, *task.lanes, memory],
+                _environment(joining, hostname),
             )
         except OSError as error:
             for one in (self._control, *(ours for ours, _ in pairs)):
@@ -193,10 +191,7 @@ class StoreProcess:
 
     def kill(self) -> None:
         """End the process now. It has no part of the arena, so nobody needs to wait until the kernel has removed it."""
-        self._child.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(_LEAVE_SECONDS)
-        self._hang_up()
+        child.end(self._child, _LEAVE_SECONDS, [self._control, *(lane.socket for lane in self._lanes)])
 
     def leave(self) -> None:
         """End the process; one that lends memory takes it out of the store before, which takes a second or two."""
@@ -206,13 +201,6 @@ class StoreProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(_LEAVE_SECONDS)
         self.kill()
-
-    def _hang_up(self) -> None:
-        for one in (self._control, *(lane.socket for lane in self._lanes)):
-            with contextlib.suppress(OSError):
-                one.shutdown(
-                    socket.SHUT_RDWR
-                )  # a call in another thread ends now; the descriptor closes with the object
 
     def _joined(self) -> list[str]:
         """Wait until the process has joined the store, and return where it listens."""
@@ -258,10 +246,6 @@ class _Free:
         self._count.release()
 
 
-def _pair() -> tuple[socket.socket, socket.socket]:
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-
 def _own_address(joining: Joining) -> str:
     """Return this machine's address towards the master, by connecting to it."""
     try:
@@ -286,5 +270,4 @@ def _environment(joining: Joining, hostname: str) -> dict[str, str]:
         "MC_STORE_CLIENT_SETUP_RETRIES": "1",
     }
     choices = {"MC_TCP_BIND_ADDRESS": hostname, "MC_LOG_LEVEL": "ERROR", "GLOG_minloglevel": "3"}
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
-    return {**choices, **os.environ, **limits, "PYTHONPATH": paths}
+    return {**choices, **os.environ, **limits}

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-PACKET_BYTES = 192 << 10
-"""No packet is larger; the kernel's default buffers take it."""
 MOST_KEYS = 512
 """The most keys of one packet."""
 BYE = b"bye"
