@@ -1,6 +1,7 @@
 """`hanging:///path/of/a/fifo?calls=load+store`: a tier of a third party on a mount whose server has gone away.
 
 The calls that its URL names say so and do not return before somebody has opened the FIFO for writing and closed it again.
+`stalled=SECONDS` is how long a call may take until the server takes the tier for stalled.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lmcache.server import tier_runner
 from lmcache.tiers import ABSENT, OK, Shard, ShardKey, Tier, TierURL, Usage
 
 
@@ -21,6 +23,8 @@ class HangingTier(Tier):
 
     @classmethod
     def from_url(cls, url: TierURL) -> HangingTier:
+        if seconds := url.take("stalled", float, 0.0):
+            tier_runner._STALLED_SECONDS = seconds
         return cls(Path(url.path), url.take("calls", str, "").split("+"))
 
     def _call(self, name: str) -> None:

@@ -363,16 +363,9 @@ def test_a_prefetch_that_hangs_is_cancelled_and_bounded_in_number(
         "--lease-seconds",
         "600",
     )  # else a load of a slow machine has failed by then
-    cache = server(l1=4, chunk=CHUNK, flags=("--l2", f"hanging://{hanging}?calls=load", *patient))
+    cache = server(l1=4, chunk=CHUNK, flags=("--l2", f"hanging://{hanging}?calls=load&stalled=3600", *patient))
     engine(cache).store(prompt(1))
-
-    def begin(seed: int) -> dict[str, Any]:
-        return ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(seed)}, status=202)
-
-    with ThreadPoolExecutor(
-        8
-    ) as threads:  # at the same time: what begins when the tier has stalled does not wait for it
-        begun = list(threads.map(begin, range(2, 10)))
+    begun = [ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(seed)}, status=202) for seed in range(2, 10)]
     cache.line_with("load hangs")
     assert {one["state"] for one in begun} == {"loading"} and cache.counters()["prefetches_running"] == 8
     assert "8 prefetches run" in ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(10)}, status=409)["reason"]
