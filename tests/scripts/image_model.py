@@ -7,11 +7,13 @@ image and on the whole prompt.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import torch
 from group_models import COMMON, gain
+from safetensors.torch import load_file, save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from transformers import (
@@ -52,6 +54,12 @@ def write(folder: Path, tokenizer_folder: Path) -> None:
             if value and weight.dim() == 2:
                 weight.copy_(value * torch.randn(weight.shape, generator=noise))
     model.to(torch.float32).save_pretrained(folder)
+    saved = load_file(folder / "model.safetensors")  # under names that vLLM does not know
+    renamed = {
+        re.sub(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)", r"\1vision_model.", name): saved[name]
+        for name in saved
+    }
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     pictures = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     LlavaProcessor(
         image_processor=pictures,

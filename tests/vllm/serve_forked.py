@@ -7,8 +7,10 @@ two minutes for it, which are not enough on a busy machine.
 from __future__ import annotations
 
 import multiprocessing.context
+import os
 import sys
 
+os.dup2(2, 1)  # nobody reads its stdout, and vLLM would wait for that
 multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")  # type: ignore[attr-defined]
 sys.argv[0] = "vllm"
 

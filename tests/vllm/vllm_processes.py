@@ -50,6 +50,9 @@ def environment(**more: str) -> dict[str, str]:
 class Process:
     """A child in a session of its own, its output in a file, gone when the test is."""
 
+    TALKS = False
+    """Whether somebody reads its stdout. A process waits as soon as a pipe that nobody reads is full."""
+
     def __init__(
         self, command: list[str], log: Path, start: Callable[..., Any] = subprocess.Popen, **environ: str
     ) -> None:
@@ -58,7 +61,7 @@ class Process:
             self._process = start(
                 command,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.PIPE if self.TALKS else file,
                 stderr=file,
                 env=environment(**environ),
                 cwd=log.parent,
@@ -145,6 +148,8 @@ class Server(Process):
 
 class Engine(Process):
     """vLLM's engine, driven by `drive.py`."""
+
+    TALKS = True
 
     def __init__(
         self, folder: Path, name: str, model: Path, environ: dict[str, str] | None = None, **arguments: Any
