@@ -53,12 +53,11 @@ def generate(
     priority: list[int] | None = None,
     adapter: str = "",
     transfer: dict[str, Any] | None = None,
-    images: list[int] | None = None,
     embedded: bool = False,
 ) -> dict[str, Any]:
     """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached. priority: of each prompt. adapter:
-    the folder of a LoRA adapter for all of them. transfer: the `kv_transfer_params` of each of them. images: the seed of each
-    prompt's image. embedded: give vLLM the embeddings of the tokens and not the tokens."""
+    the folder of a LoRA adapter for all of them. transfer: the `kv_transfer_params` of each of them. embedded: give
+    vLLM the embeddings of the tokens and not the tokens."""
     from vllm.lora.request import LoRARequest
 
     from vllm import SamplingParams
@@ -75,8 +74,6 @@ def generate(
         {"prompt_embeds": embed_tokens(llm, prompt)} if embedded else {"prompt_token_ids": prompt} for prompt in prompts
     ]
     inputs = [one | ({"cache_salt": salts[at]} if salts and salts[at] else {}) for at, one in enumerate(given)]
-    for one, seed in zip(inputs, images or (), strict=False):
-        one["multi_modal_data"] = {"image": picture(seed)}
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
     outputs = llm.generate(inputs, parameters, use_tqdm=False, priority=priority, lora_request=lora)
     return {"outputs": [describe(output) for output in outputs]}
@@ -113,14 +110,6 @@ def embed_tokens(llm: Any, prompt: list[int]) -> Any:
     model = core.model_executor.driver_worker.worker.model_runner.model
     with torch.inference_mode():
         return model.embed_input_ids(torch.tensor(prompt)).clone()
-
-
-def picture(seed: int) -> Any:
-    """An image of noise, of a size that needs no scaling."""
-    import numpy as np
-    from PIL import Image
-
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), np.uint8))
 
 
 def embed(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
