@@ -67,24 +67,16 @@ def answer_of(process: zygotes.Forked) -> Any:
 
 
 class Engine(Process):
-    """`python -m sglang.launch_server --enable-lmcache` with these settings in its config file, and these flags; ready."""
+    """`python -m sglang.launch_server --enable-lmcache` with these settings in its config file; ready."""
 
-    def __init__(
-        self,
-        folder: Path,
-        model: Path,
-        page_size: int,
-        settings: dict[str, Any],
-        flags: tuple[str, ...] = (),
-        **variables: str,
-    ) -> None:
+    def __init__(self, folder: Path, model: Path, page_size: int, settings: dict[str, Any], **variables: str) -> None:
         self.port = free_port()
         file = folder / f"lmcache-{self.port}.yaml"
         settings = {"blocking_timeout_secs": DEADLINE_SECONDS} | settings
         file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
         launch = str(Path(__file__).with_name("launch.py"))
         command = [PYTHON, launch, "--model-path", str(model), "--port", str(self.port), *_FLAGS]
-        command += ["--page-size", str(page_size), "--enable-lmcache", "--lmcache-config-file", str(file), *flags]
+        command += ["--page-size", str(page_size), "--enable-lmcache", "--lmcache-config-file", str(file)]
         start = functools.partial(zygotes.start, MODULES)
         super().__init__(command, start, cwd=folder, env=environment() | variables)
         self.page_size = page_size

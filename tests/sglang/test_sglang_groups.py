@@ -41,11 +41,9 @@ class Serving:
     engine: Engine
     expected: list[Output] = field(default_factory=list)
 
-    def another_engine(self, *flags: str, **variables: str) -> None:
+    def another_engine(self) -> None:
         settings = {"mp_host": "127.0.0.1", "mp_port": self.server.port, "blocking_timeout_secs": DEADLINE_SECONDS}
-        self.engine = Engine(
-            self.folder, self.path, CHUNK, settings, flags, **variables, **{FOLDER: str(self.folder / "spoil")}
-        )
+        self.engine = Engine(self.folder, self.path, CHUNK, settings, **{FOLDER: str(self.folder / "spoil")})
 
     def another_server(self, daemons: Daemons, *flags: str) -> None:
         """kill -9, and a new one on the same port. Returns once the engine has found it."""
@@ -194,30 +192,3 @@ def test_chunks_that_do_not_end_where_pages_do_are_refused(serving: Serving, dae
     found = serving.warm(PROMPTS[:1] * 2)
     assert_same(found, serving.expected[:1] * 2)
     assert cached(found) == [0, 0]
-
-
-def test_tensor_parallel_two(folder: Path, models: Path, daemons: Daemons) -> None:
-    """Each rank stores and loads its own heads, of windows and of full attention; and one rank loads what two have stored."""
-    place = folder / "two-ranks"
-    (place / "spoil").mkdir(parents=True)
-    one = Serving(KINDS["mellum"], models / "mellum", place, daemons(chunk=CHUNK), None)  # type: ignore[arg-type]
-    try:
-        one.another_engine("--tp-size", "2", SGLANG_CPU_OMP_THREADS_BIND="0|1")
-        one.engine.connected(4)
-        cold = one.warm(PROMPTS, extra_key="nothing is stored for it yet")
-        assert cached(cold[:1]) == [0]
-        assert_same([one.engine.answer(prompt) for prompt in PROMPTS], cold)
-        warm = one.warm(PROMPTS)
-        assert_same(warm, cold)
-        assert cached(warm) == usable(PROMPTS)
-        one.engine.flush()
-        assert_same(one.engine.answers(PROMPTS), cold)
-        one.engine.kill()
-        one.another_engine()
-        one.engine.connected()
-        warm = [one.engine.answer(prompt) for prompt in PROMPTS[:1]]
-        assert_same(warm, cold[:1])
-        assert cached(warm) == usable(PROMPTS[:1])
-    finally:
-        one.engine.end()
-        one.server.end()

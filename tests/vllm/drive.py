@@ -53,12 +53,9 @@ def generate(
     priority: list[int] | None = None,
     adapter: str = "",
     transfer: dict[str, Any] | None = None,
-    images: list[int] | None = None,
-    embedded: bool = False,
 ) -> dict[str, Any]:
     """All prompts at once. Of each: tokens, their log probabilities, tokens that were cached. priority: of each prompt. adapter:
-    the folder of a LoRA adapter for all of them. transfer: the `kv_transfer_params` of each of them. images: the seed of each
-    prompt's image. embedded: give vLLM the embeddings of the tokens and not the tokens."""
+    the folder of a LoRA adapter for all of them. transfer: the `kv_transfer_params` of each of them."""
     from vllm.lora.request import LoRARequest
 
     from vllm import SamplingParams
@@ -71,12 +68,10 @@ def generate(
         prompt_logprobs=1 if prompt_logprobs else None,
         extra_args={"kv_transfer_params": transfer} if transfer is not None else None,
     )
-    given = [
-        {"prompt_embeds": embed_tokens(llm, prompt)} if embedded else {"prompt_token_ids": prompt} for prompt in prompts
+    inputs = [
+        {"prompt_token_ids": prompt} | ({"cache_salt": salts[at]} if salts and salts[at] else {})
+        for at, prompt in enumerate(prompts)
     ]
-    inputs = [one | ({"cache_salt": salts[at]} if salts and salts[at] else {}) for at, one in enumerate(given)]
-    for one, seed in zip(inputs, images or (), strict=False):
-        one["multi_modal_data"] = {"image": picture(seed)}
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
     outputs = llm.generate(inputs, parameters, use_tqdm=False, priority=priority, lora_request=lora)
     return {"outputs": [describe(output) for output in outputs]}
@@ -217,23 +212,6 @@ def ways(llm: Any, prompt: list[int]) -> dict[str, Any]:
         "formed": formed.outputs[0].text,
         "numbers": numbers,
     }
-
-
-def embed_tokens(llm: Any, prompt: list[int]) -> Any:
-    import torch
-
-    core = llm.llm_engine.engine_core.engine_core
-    model = core.model_executor.driver_worker.worker.model_runner.model
-    with torch.inference_mode():
-        return model.embed_input_ids(torch.tensor(prompt)).clone()
-
-
-def picture(seed: int) -> Any:
-    """An image of noise, of a size that needs no scaling."""
-    import numpy as np
-    from PIL import Image
-
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), np.uint8))
 
 
 def embed(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def test_reset_of_the_connector_serves_nothing_older(engine: Engine, expected: d
 @pytest.fixture(scope="module")
 def second(folder: Path, model: Path, server: Server, engine: Engine) -> Iterator[Engine]:
     """Another engine on the same server, started while the first one lives."""
-    made = Engine(folder, "second", model, kv_transfer_config=server.config(), enable_prompt_embeds=True)
+    made = Engine(folder, "second", model, kv_transfer_config=server.config())
     made.connected()
     yield made
     made.end()
@@ -189,15 +189,6 @@ def test_a_second_engine_reuses_what_the_first_one_stored(
     outputs = second.generate(mixed())
     assert_same(outputs, expected["mixed"])
     assert outputs[0]["cached"] == len(mixed()[0]) // 16 * 16
-
-
-def test_embeddings_in_place_of_tokens_are_computed(second: Engine, expected: dict[str, Outputs]) -> None:
-    """Nothing names them, so nothing of them is stored or loaded."""
-    for _ in range(2):
-        second.forget()
-        outputs = second.generate([PROBE, tokens(300, 51)], embedded=True)
-        assert_same(outputs[:1], expected["probe"])
-        assert [output["cached"] for output in outputs] == [0, 0] and differs(outputs[1:], outputs[:1])
 
 
 def test_a_frozen_server_costs_one_deadline(second: Engine, server: Server, expected: dict[str, Outputs]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from serving import CHUNK, FULL, IN_PROCESS, KINDS, PROMPTS, STEM, Serving, cached
-from vllm_processes import PYTHON, Api, Engine, Server, environment
+from vllm_processes import PYTHON, Engine, Server, environment
 
 from lmcache.sizing.model_kv import kinds_of
 from prompts import assert_same, differs, tokens
@@ -325,41 +325,6 @@ def test_pipeline_stages(folder: Path, models: Path, kind: str) -> None:
         if one.engine is not None:
             one.engine.end()
         one.server.end()
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
-def test_data_parallel_ranks(folder: Path, model: Path, models: Path, kind: str) -> None:
-    """Each rank is an engine of its own to the server, and has what another one has computed."""
-    server = Server(folder, CHUNK, 0, f"{kind}-ranks-server")
-    options = ["--data-parallel-size", "2", "--api-server-count", "1"]
-    options += ["--kv-transfer-config", json.dumps(server.config())]
-    path = model if kind == "qwen3" else models / kind
-    api = Api(folder, f"{kind}-ranks", path, *options, forked=True)
-
-    def loaded() -> float:
-        return api.metric("vllm:external_prefix_cache_hits_total")
-
-    def forgotten() -> bool:
-        """Empty the caches of both ranks. A rank refuses while a store reads its blocks."""
-        line = "Successfully reset prefix cache"
-        before = api.text().count(line)
-        api.post("/reset_prefix_cache")
-        return api.text().count(line) == before + 2
-
-    hit = len(PROMPTS[0]) // CHUNK * CHUNK
-    try:
-        api.connected(4)
-        cold = api.complete(PROMPTS[0], rank=0)
-        assert loaded() == 0
-        for times, rank in enumerate((1, 0), 1):
-            api.wait_until(forgotten, "empty caches", 120)
-            warm = api.complete(PROMPTS[0], rank=rank)
-            assert warm["tokens"] == cold["tokens"]
-            assert warm["logprobs"] == pytest.approx(cold["logprobs"], abs=1e-3)
-            assert loaded() == times * hit
-    finally:
-        api.end()
-        server.end()
 
 
 def test_without_the_hybrid_manager(folder: Path, models: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from vllm_processes import FOR_EVER, PYTHON, START_SECONDS, Api, Engine, Server, environment
 
 from hashing import Turns
-from prompts import assert_same, differs, tokens
+from prompts import assert_same, tokens
 from real_engines import ROOT
 
 PROMPTS = [tokens(300, 70), tokens(300, 70)[:200] + tokens(90, 71)]
@@ -275,33 +275,6 @@ def test_a_pooling_model_that_reads_the_last_token_is_served(folder: Path, model
     assert [answer["cached"][0] for answer in cold] == [0, 688, 688, 688]
     first, second = cold[0]["embeddings"]
     assert first != pytest.approx(second, abs=1e-2)
-
-
-def test_images_are_a_part_of_the_prompt(folder: Path, model: Path, server: Server) -> None:
-    """The same tokens with another image are another prompt."""
-    if subprocess.run([PYTHON, "-c", "import torchvision"], env=environment(), stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("vLLM's own models for images need torchvision, which is not beside this vLLM")
-    path = folder / "image-model"
-    subprocess.run([PYTHON, str(ROOT / "tests/scripts/image_model.py"), str(path), str(model)], check=True, timeout=600)
-    image = int(json.loads((path / "config.json").read_text())["image_token_index"])
-    prompt = [*tokens(300, 93)[:40], image, *tokens(300, 93)[40:]]
-    prompts, images, cold = [prompt, prompt], [1, 2], []
-    for name in ("images", "images-again"):
-        engine = Engine(folder, name, path, max_model_len=1024, kv_transfer_config=server.config())
-        try:
-            engine.connected()
-            outputs = [engine.generate([one], images=[seed])[0] for one, seed in zip(prompts, images, strict=True)]
-            engine.forget()
-            warm = engine.generate(prompts, images=images)
-            cold = cold or outputs
-            assert_same(outputs, cold)
-            assert_same(warm, cold)
-            assert [output["cached"] for output in warm] == [304, 304]
-        finally:
-            engine.end()
-        assert differs(cold[:1], cold[1:])
-    assert [output["cached"] for output in cold] in ([0, 0], [0, 32]), "no more than what stands before the image"
-    assert [output["cached"] for output in outputs] == [304, 304]
 
 
 def test_whatever_changes_the_numbers_in_vllms_own_terms_is_noticed(folder: Path, model: Path) -> None:

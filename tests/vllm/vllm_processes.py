@@ -50,6 +50,9 @@ def environment(**more: str) -> dict[str, str]:
 class Process:
     """A child in a session of its own, its output in a file, gone when the test is."""
 
+    TALKS = False
+    """Whether somebody reads its stdout. A process waits as soon as a pipe that nobody reads is full."""
+
     def __init__(
         self, command: list[str], log: Path, start: Callable[..., Any] = subprocess.Popen, **environ: str
     ) -> None:
@@ -58,7 +61,7 @@ class Process:
             self._process = start(
                 command,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.PIPE if self.TALKS else file,
                 stderr=file,
                 env=environment(**environ),
                 cwd=log.parent,
@@ -146,6 +149,8 @@ class Server(Process):
 class Engine(Process):
     """vLLM's engine, driven by `drive.py`."""
 
+    TALKS = True
+
     def __init__(
         self, folder: Path, name: str, model: Path, environ: dict[str, str] | None = None, **arguments: Any
     ) -> None:
@@ -195,24 +200,16 @@ class Engine(Process):
 class Api(Process):
     """`vllm serve`, asked over HTTP."""
 
-    def __init__(
-        self, folder: Path, name: str, model: Path, *options: str, forked: bool = False, **environ: str
-    ) -> None:
-        """forked: start it by `serve_forked.py`."""
+    def __init__(self, folder: Path, name: str, model: Path, *options: str, **environ: str) -> None:
         self.port = free_port()
-        program = [str(Path(PYTHON).with_name("vllm"))]
-        start: Callable[..., Any] = subprocess.Popen
-        if forked:
-            program = [PYTHON, str(Path(__file__).with_name("serve_forked.py"))]
-            start = functools.partial(zygotes.start, (*MODULES, "vllm.entrypoints.cli.main"))
-        command = [*program, "serve", str(model), "--dtype", "float32", "--enforce-eager"]
+        command = [str(Path(PYTHON).with_name("vllm")), "serve", str(model), "--dtype", "float32", "--enforce-eager"]
         command += ["--kv-cache-memory-bytes", str(KV_BYTES), "--max-model-len", "4096"]
         command += ["--port", str(self.port), "--served-model-name", "m", *options]
-        super().__init__(command, folder / f"{name}.log", start, **environ)
+        super().__init__(command, folder / f"{name}.log", **environ)
         self.wait_until(self._healthy, "vllm serve", START_SECONDS)
 
-    def complete(self, prompt: list[int], max_tokens: int = 4, rank: int | None = None) -> dict[str, Any]:
-        """Text and log probabilities of one greedy completion. rank: the data parallel rank that is to compute it."""
+    def complete(self, prompt: list[int], max_tokens: int = 4) -> dict[str, Any]:
+        """Text and log probabilities of one greedy completion."""
         body = {
             "model": "m",
             "prompt": prompt,
@@ -221,14 +218,13 @@ class Api(Process):
             "logprobs": 1,
             "ignore_eos": True,
         }
-        answer = self.post("/v1/completions", body, **({} if rank is None else {"X-data-parallel-rank": str(rank)}))
+        answer = self.post("/v1/completions", body)
         choice = answer["choices"][0]
         return {"tokens": choice["logprobs"]["tokens"], "logprobs": choice["logprobs"]["token_logprobs"]}
 
-    def post(self, path: str, body: dict[str, Any] | None = None, **headers: str) -> Any:
-        headers = {"Content-Type": "application/json"} | headers
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body or {}).encode(), headers
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body or {}).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=REPLY_SECONDS) as answer:
             text = answer.read()
