@@ -125,10 +125,10 @@ class Table:
     def answered(self, now: float, key: bytes, tokens: int, /) -> None:
         """Note how many tokens the prompt that ends with this chunk has been answered with. As for `asked`."""
     def settle(self) -> None:
-        """Do some of what the policy has put off because nobody waits for it; a call takes less than a millisecond or learns from one
+        """Do some of what the policy has put off because nobody waits for it: a call learns from at most 2,048 chunks or from one
         prompt, so call it once for each `asked`. Whether and when this is called changes no result."""
     def follows_lru(self) -> bool:
-        """Return whether records are evicted as by LRU now: by LRU itself, or since the learned policy finds less than it would."""
+        """Return whether records are evicted as by LRU now: by LRU itself, or since the learned policy finds less than that."""
     def victim(self) -> int:
         """Return the evictable record that the policy chooses, or -1. ValueError if the record is not evictable."""
     def evictable(self, record: int, /) -> bool:

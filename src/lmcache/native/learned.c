@@ -8,7 +8,8 @@
  * at the same time, and are therefore worth the same. Groups of one age stand in a list, oldest first, so that the only thing that
  * happens to them as time goes by is that the first ones move to the next list. A chunk that may be evictable is a *candidate*,
  * and groups with candidates stand in a pairing heap for each kind and age, the oldest one on top. Therefore the victim is
- * exactly the one that a search through all chunks would find: the least worth of all kinds and ages, then the oldest.
+ * exactly the one that a search through all chunks would find: the least worth of all kinds and ages, then the one used before the
+ * others. While LRU finds more (rival.c), it is the oldest of all.
  */
 #include "learning.h"
 #include "learned.h"
