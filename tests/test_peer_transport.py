@@ -41,10 +41,13 @@ Engines = Callable[..., Any]
 
 @pytest.fixture
 def nixl(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Sets NIXL up for all servers, over what UCX is told to use. Over TCP the owner's mover must answer each read."""
+    """Sets NIXL up for all servers, over what UCX is told to use; "": what LMCache tells it. Over TCP the owner's mover must
+    answer each read."""
 
     def set_up(ways: str) -> None:
         monkeypatch.setenv("UCX_TLS", ways)
+        if not ways:
+            monkeypatch.delenv("UCX_TLS")
 
     for name, value in nixl_environment().items():
         monkeypatch.setenv(name, value)
@@ -92,7 +95,7 @@ def lent_by_nixl(server: Server) -> float:
 # What is there is found
 
 
-@pytest.mark.parametrize("ways", ["tcp", "tcp,cma"])
+@pytest.mark.parametrize("ways", ["tcp", ""])
 def test_kv_is_read_from_the_other_servers_arena(
     server: Servers, engine: Engines, nixl: Callable[[str], None], ways: str
 ) -> None:
@@ -216,6 +219,42 @@ def test_a_server_that_is_killed_amid_a_read_is_a_miss_and_comes_back(
     engine(again, "writer again").store(IDS)
     assert eventually(lambda: engine(there, "reader again").load(IDS)) == 640
     assert lent_by_nixl(again) > 0
+
+
+def test_an_owner_that_is_frozen_amid_a_read_is_a_miss_or_right(
+    server: Servers, engine: Engines, nixl: Callable[[str], None]
+) -> None:
+    here, there = two(server)
+    engine(here, "writer").store(IDS)
+    stop(lender_of(here))
+    loaded = beside(lambda: engine(there, "reader").load(IDS))
+    eventually(lambda: lent_by_nixl(here))
+    here.freeze()
+    os.kill(lender_of(here), signal.SIGCONT)
+    assert loaded.result(PATIENCE) in (640, 0, -1)
+    here.thaw()
+    assert eventually(lambda: engine(there, "reader again").load(IDS)) == 640
+
+
+def test_a_server_that_is_killed_while_it_reads_takes_its_mover_along(
+    server: Servers, engine: Engines, nixl: Callable[[str], None]
+) -> None:
+    here, there = two(server)
+    engine(here, "writer").store(IDS)
+    reader, lender = mover_of(there), lender_of(here)
+    stop(lender)
+    loaded = beside(lambda: engine(there, "reader").load(IDS))
+    eventually(lambda: lent_by_nixl(here))
+    there.kill()
+    eventually(lambda: gone(reader))
+    os.kill(lender, signal.SIGCONT)
+    assert loaded.result(PATIENCE) in (0, -1)
+    assert engine(here, "another").load(IDS) == 640
+    again = server(flags=("--peers", f"127.0.0.1:{here.port}", *PATIENT, *NIXL))
+    eventually(lambda: said(again, BY_NIXL))
+    before = lent_by_nixl(here)
+    assert engine(again, "reader again").load(IDS) == 640
+    assert lent_by_nixl(here) > before and lender_of(here) == lender, "nothing has happened to who is read from"
 
 
 def test_a_frozen_server_that_reads_keeps_nothing_from_the_other_and_goes_on(
