@@ -420,7 +420,7 @@ def test_the_server_says_which_policy_it_runs_and_goes_on_after_a_restart(
             engine.hits(key_of(f"{start} {at}"))
         told = cache.status()["eviction"]
         assert told["policy"] == "learned"
-        assert [one["evicts_as_lru"] for one in cache.status()["l1"]["spaces"]] == [False]
+        assert [one["evicts_as_lru"] for one in cache.status()["index"]["spaces"]] == [False]
         assert cache.counters()['eviction_policy{policy="learned"}'] == 1
         said = "".join(cache.log)
         assert "learned eviction" in said
