@@ -83,6 +83,21 @@ def test_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "147,456 bytes a token" in text and "holds 262,144 tokens, 6 such conversations" in text
 
 
+@pytest.mark.parametrize(
+    ("lossy_kv", "bytes_per_token"),
+    [("int8", 147_456), ("int8-l1", 36 * 8 * 2 * 132), ("k8v4-l1", 36 * 8 * (132 + 80))],
+)
+def test_rounded_kv_takes_fewer_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lossy_kv: str, bytes_per_token: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    assert sized(capsys, str(tmp_path), "--lossy-kv", lossy_kv)["bytes_per_token"] == bytes_per_token
+    assert main(["size", str(tmp_path), "--lossy-kv", lossy_kv]) == 0
+    assert f"KV in bfloat16 with lossy_kv={lossy_kv}" in capsys.readouterr().out
+    assert main(["size", str(tmp_path), "--lossy-kv", "k8v4-l1", "--kv-dtype", "fp8"]) == 2
+    assert "heads of 128 values in fp8_e4m3 cannot be rounded" in capsys.readouterr().err
+
+
 def test_a_name_is_looked_for_in_the_local_cache_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

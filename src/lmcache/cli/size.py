@@ -14,6 +14,7 @@ from lmcache.errors import ConfigError
 if TYPE_CHECKING:
     from lmcache.sizing.model_kv import Kind
 
+_LOSSY_KV = ("none", "int8", "int8-l1", "k8v4-l1")
 _TEXT = """
 Compute from a model's config.json how many bytes of KV a token takes, and what fits into L1. MODEL is a model's folder, its
 config.json, or the name of a model that is in the local Hugging Face cache; nothing is downloaded.
@@ -43,6 +44,7 @@ def add_verb(verbs: Verbs) -> None:
     parser.add_argument(
         "--kv-dtype", metavar="NAME", default="auto", help="The engine's --kv-cache-dtype. Default: auto."
     )
+    parser.add_argument("--lossy-kv", choices=_LOSSY_KV, default="none", help="The engine's lossy_kv. Default: none.")
     parser.add_argument("--block-size", metavar="TOKENS", default="16", help="The engine's block size. Default: 16.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of text.")
 
@@ -57,14 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
     config = _read(path)
     try:
         dtype = kv_dtype_of(config, arguments.kv_dtype)
-        kinds = kinds_of(config, arguments.kv_dtype, _whole("--block-size", arguments.block_size))
+        kinds = kinds_of(config, arguments.kv_dtype, _whole("--block-size", arguments.block_size), arguments.lossy_kv)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"{path}: {type(error).__name__}: {error}: this is no configuration of a language model"
         ) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    found = _sized(arguments, config, kinds) | {"kv_dtype": dtype}
+    found = _sized(arguments, config, kinds) | {"kv_dtype": dtype, "lossy_kv": arguments.lossy_kv}
     print(json.dumps(found, indent=2)) if arguments.json else _print(found)
     return 0
 
@@ -169,8 +171,9 @@ def _print(found: dict[str, Any]) -> None:
         unit = "state" if "bytes_per_state" in one else "token"
         reach = f", the last {one['reach_tokens']:,} tokens of a chunk at most" if one["reach_tokens"] > 1 else ""
         print(f"{one['layers']:>4} layers  {one['kind']}: {one[f'bytes_per_{unit}']:,} bytes a {unit}{reach}")
+    rounded = f" with lossy_kv={found['lossy_kv']}" if found["lossy_kv"] != "none" else ""
     print(
-        f"KV in {found['kv_dtype']}, chunks of {found['chunk_tokens']} tokens: {size_text(found['chunk_bytes'])} a chunk"
+        f"KV in {found['kv_dtype']}{rounded}, chunks of {found['chunk_tokens']} tokens: {size_text(found['chunk_bytes'])} a chunk"
     )
     print(f"{found['bytes_per_token']:,} bytes a token")
     if "conversation_bytes" in found:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lmcache.chunks import LOSSY_KV, Layout
 from lmcache.chunks.layout import DTYPE_BYTES
 from lmcache.errors import ConfigError
 from lmcache.memory.slabs import SECTOR_BYTES
@@ -53,6 +54,26 @@ class Kind(NamedTuple):
         return -(-self.kept_bytes(chunk_tokens) // SECTOR_BYTES) * SECTOR_BYTES
 
 
+class _Stored(NamedTuple):
+    """How KV lies in L1. dtype: a key of `DTYPE_BYTES`; codec: a value of `LOSSY_KV`."""
+
+    dtype: str
+    codec: int
+
+    def head_bytes(self, head_size: int) -> int:
+        """Return the bytes of K and V of one head of a token.
+
+        Raises:
+            ConfigError: such heads cannot be rounded.
+        """
+        layout = Layout("", self.dtype, 1, 1, head_size, 1, codec=self.codec)
+        if layout.l1_codec != "none" and not layout.rounded_in_l1:
+            raise ConfigError(
+                f"--lossy-kv {layout.lossy_kv}: heads of {head_size} values in {self.dtype} cannot be rounded (docs/codecs.md)"
+            )
+        return sum(layout.head_bytes)
+
+
 def kv_dtype_of(config: Config, given: str = "auto") -> str:
     """Return the dtype of the KV, a key of `DTYPE_BYTES`. given: as engines take it (`--kv-cache-dtype`), `auto` for the model's.
 
@@ -90,19 +111,23 @@ def _text_of(config: Config) -> Config:
     return config
 
 
-def kinds_of(config: Config, kv_dtype: str = "auto", block_tokens: int = _BLOCK_TOKENS) -> list[Kind]:
-    """Return the kinds of KV of a model, those of full attention first. kv_dtype: as for `kv_dtype_of`.
+def kinds_of(
+    config: Config, kv_dtype: str = "auto", block_tokens: int = _BLOCK_TOKENS, lossy_kv: str = "none"
+) -> list[Kind]:
+    """Return the kinds of KV of a model, those of full attention first. kv_dtype: as for `kv_dtype_of`. lossy_kv: a name of
+    `LOSSY_KV`.
 
     Raises:
-        ConfigError: the configuration has a kind of layer, or lacks a number, without which the size is unknown.
+        ConfigError: the KV cannot be rounded as that name says. Or the configuration has a kind of layer, or lacks a number,
+            without which the size is unknown.
     """
     if config.get("is_encoder_decoder"):
         raise ConfigError("this is an encoder-decoder model, whose KV LMCache does not keep")
-    text, item = _text_of(config), DTYPE_BYTES[kv_dtype_of(config, kv_dtype)]
+    text, stored = _text_of(config), _Stored(kv_dtype_of(config, kv_dtype), LOSSY_KV[lossy_kv])
     found: Counter[tuple[str, int, int]] = Counter()
     for layer, kind in enumerate(_layer_kinds(text)):
         for name, layer_bytes, reach in _layer(
-            text, layer, kind, item, DTYPE_BYTES[_model_dtype(config)], block_tokens
+            text, layer, kind, stored, DTYPE_BYTES[_model_dtype(config)], block_tokens
         ):
             found[name, layer_bytes, reach] += 1
     if not any(reach != 1 for _, _, reach in found):
@@ -171,7 +196,7 @@ def _every(layers: int, period: int, other: str) -> list[str]:
 
 
 def _layer(
-    text: Config, layer: int, kind: str, item: int, state_item: int, block_tokens: int
+    text: Config, layer: int, kind: str, stored: _Stored, state_item: int, block_tokens: int
 ) -> list[tuple[str, int, int]]:
     """Return (name, bytes of a token or state, reach) of what a layer keeps."""
     if kind in (NO_KV, "moe", "mlp"):
@@ -180,24 +205,24 @@ def _layer(
         return [("state", _state_bytes(text, kind, state_item), 1)]
     if kind == "both":
         return [
-            ("full attention", _heads_bytes(text, layer, False, item), 0),
-            *_layer(text, layer, "mamba", item, state_item, 0),
+            ("full attention", _heads_bytes(text, layer, False, stored), 0),
+            *_layer(text, layer, "mamba", stored, state_item, 0),
         ]
     if text.get("kv_lora_rank"):
-        latent = (_number(text, "kv_lora_rank") + _number(text, "qk_rope_head_dim")) * item
+        latent = (_number(text, "kv_lora_rank") + _number(text, "qk_rope_head_dim")) * DTYPE_BYTES[stored.dtype]
         return [("MLA", latent, 0), *([("indexer", _INDEXER_BYTES, 0)] if text.get("index_topk") else [])]
     if kind in _FULL:
-        return [("full attention", _heads_bytes(text, layer, True, item), 0)]
+        return [("full attention", _heads_bytes(text, layer, True, stored), 0)]
     if kind in _WINDOW:
         seen = _number(text, "sliding_window", "sliding_window_size") - 1
         reach = max(1, -(-seen // block_tokens)) * block_tokens
-        return [("sliding window", _heads_bytes(text, layer, False, item), reach)]
+        return [("sliding window", _heads_bytes(text, layer, False, stored), reach)]
     if kind == "chunked_attention":
-        return [("chunked attention", _heads_bytes(text, layer, False, item), _number(text, "attention_chunk_size"))]
+        return [("chunked attention", _heads_bytes(text, layer, False, stored), _number(text, "attention_chunk_size"))]
     raise ConfigError(f"layer {layer} is of kind {kind!r}, which LMCache does not know: its KV cannot be sized")
 
 
-def _heads_bytes(text: Config, layer: int, full: bool, item: int) -> int:
+def _heads_bytes(text: Config, layer: int, full: bool, stored: _Stored) -> int:
     """Return the bytes of one token's keys and values in a layer. full: Gemma 4's layers of full attention have other heads."""
     queries = _number(text, "num_attention_heads", "n_head", "n_heads")
     heads: Any = text.get("num_key_value_heads")
@@ -213,7 +238,7 @@ def _heads_bytes(text: Config, layer: int, full: bool, item: int) -> int:
     size = size or _number(text, "hidden_size", "n_embd", "d_model") // queries
     if text.get("v_head_dim") not in (None, size):
         raise ConfigError(f"keys of {size} and values of {text['v_head_dim']} elements a head are not supported yet")
-    return 2 * int(heads) * int(size) * item
+    return int(heads) * stored.head_bytes(int(size))
 
 
 def _state_bytes(text: Config, kind: str, item: int) -> int:

@@ -75,7 +75,8 @@ def attach(
             after each change.
         cache_salt: only processes with the same salt share KV.
         deadline_seconds: how long one call of `generate` may wait for a server that does not answer.
-        lossy_kv: "int8" accepts KV that tiers with codec=int8 have rounded (docs/codecs.md). "none": exact KV only.
+        lossy_kv: "int8" accepts KV that tiers with codec=int8 have rounded, "int8-l1" and "k8v4-l1" round
+            what is stored in memory, too (docs/codecs.md). "none": exact KV only.
         enable_blending: find texts between separators wherever they stand in a prompt. What is computed from them is not exactly
             what a model computes without LMCache (docs/blending.md). None: as LMCACHE_ENABLE_BLENDING says, by default not.
         blending: how, in place of LMCACHE_BLEND_* and the defaults; this alone switches blending on, too.
