@@ -80,6 +80,7 @@ class Session:
         lora_id: str = "",
         extras: Extras | None = None,
         passage: str = "",
+        tenant: bytes = b"",
     ) -> TokenChain | None:
         self.salts.append(cache_salt)
         if self.chunk_tokens is None:
