@@ -12,7 +12,10 @@ from lmcache.engine import Loading, Request
 from lmcache.engine.blending import Blend, Blending, consecutive
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.blending import Blends, given_blending, hide, refuse_blending
-from lmcache.integration.vllm.plan import StepReport
+from lmcache.integration.vllm.plan import PassageStore, StepReport
+from test_layers import Copies
+from test_vllm_units import Session, half, rank, step
+from test_vllm_units import Request as Asked
 
 BLOCK = 128
 
@@ -236,3 +239,40 @@ def test_consecutive_tokens() -> None:
     blend = Blend(0, 30, (Passage(3, 10), Passage(20, 25)), numbers)
     assert consecutive(blend.first()) == [Passage(0, 5), Passage(10, 22), Passage(25, 30)]
     assert consecutive(blend.first()[:0]) == []
+
+
+# Both halves, with sessions that say what the server has
+
+SEPARATOR = 9999
+BLENDING = Blending(separator=(SEPARATOR,), min_tokens=32)
+
+
+def texts(*first: int, tokens: int = 40, beginning: int = 64) -> list[int]:
+    """A beginning, texts of `tokens` tokens that begin with these, and a question."""
+    parts = [token for one in first for token in (SEPARATOR, *range(one, one + tokens))]
+    return [*range(beginning), *parts, SEPARATOR, 5, 6]
+
+
+def test_passages_behind_a_load_that_has_failed_are_not_stored() -> None:
+    """They were computed from KV that had not arrived. Their names do not say what stood before them."""
+    for ok in (True, False):
+        copies, kept = Copies(ok), list[PassageStore]()
+        passages = SimpleNamespace(begin=lambda *_: None, store=lambda stores, _, kept=kept: kept.extend(stores))
+        passages.owns, passages.report = lambda _: False, StepReport()
+        worker = rank(copies, passages=passages)
+        session = Session(present=4)
+        scheduler = half(session, synchronous="always", blending=BLENDING)
+        scheduler.transferred(report=StepReport(mapped={0: (0, session.epoch)}))
+        request = Asked("a", texts(1000), kv_transfer_params={"lmcache.blend": False})
+        assert scheduler.match(request, 0) == 64
+        scheduler.allocated(request, ([],), 64)
+        request.num_computed_tokens = 64
+        plan = scheduler.plan_step(step({"a": 44}, new={"a": [7]}))
+        assert [one.passage for one in plan.passages] == [Passage(65, 105)]
+        worker.start_loads(plan)
+        worker.wait_before_forward(object())
+        worker.start_stores(plan)
+        assert [one.passage for one in kept] == ([Passage(65, 105)] if ok else [])
+        if not ok:
+            assert (2 + 1, "computed from a failed load") in copies.dropped
+            assert worker.take_report().stored[plan.passages[0].plan.job_id] == 1
