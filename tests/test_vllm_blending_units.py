@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 from lmcache.chunks.passages import Passage
 from lmcache.engine import Loading, Request
 from lmcache.engine.blending import Blend, Blending, consecutive
+from lmcache.engine.requests import MISS_SECONDS
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.blending import Blends, given_blending, hide, refuse_blending
 from lmcache.integration.vllm.plan import PassageStore, StepReport
 from test_layers import Copies
-from test_vllm_units import Session, half, rank, step
 from test_vllm_units import Request as Asked
+from test_vllm_units import Session, half, rank, step
 
 BLOCK = 128
 
@@ -133,6 +135,8 @@ class Server:
         self.told: list[Any] = []
         self.session = SimpleNamespace(blended=lambda *told: self.told.append(told))
         self.coming: set[int] = set()
+        self.now = 0.0
+        self.runtime = SimpleNamespace(now=lambda: self.now)
 
     def find(self, request: Any, tokens: list[int]) -> Any:
         assert request.passage and request.stores_tail and request.salt == "salt"
@@ -215,7 +219,7 @@ def test_too_little_is_given_back() -> None:
     server = Server(p1000=16)
     made, tracker = blends(server)
     assert made.find(tracker, PROMPT, 0) is None and all(one.hit is None for one in server.given_back)
-    server.has, server.coming = {1000: 48}, {2000}
+    server.has, server.coming, server.now = {1000: 48}, {2000}, 1.0
     assert isinstance(made.find(tracker, PROMPT, 0), Loading)
     server.coming, server.given_back = set(), []
     assert made.find(tracker, PROMPT, 0) is not None
@@ -276,3 +280,52 @@ def test_passages_behind_a_load_that_has_failed_are_not_stored() -> None:
         if not ok:
             assert (2 + 1, "computed from a failed load") in copies.dropped
             assert worker.take_report().stored[plan.passages[0].plan.job_id] == 1
+
+
+class Waits(Session):
+    """A session whose server has so many chunks of each passage, or brings them, and nothing of prompts. asked: how many lookups
+    of passages there were."""
+
+    asked = 0
+
+    def poll(self, *args: Any, passage: bool = False, **more: Any) -> Any:
+        self.asked += passage
+        had, self.present = self.present, self.present if passage else 0
+        coming, self.coming = self.coming, self.coming if passage else 0
+        found = super().poll(*args, passage=passage, **more)
+        self.present, self.coming = had, coming
+        return found
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_request_that_waits_for_blocks_does_not_look_up_at_every_step(present: int) -> None:
+    """vLLM asks at every step. What was not found, or was too little, is not asked for again for a while."""
+    session = Waits(present)
+    scheduler = half(session, blending=replace(BLENDING, min_tokens=200))
+    request = Asked("a", texts(1000, 2000, 3000, tokens=210))
+    for _ in range(20):
+        assert scheduler.match(request, 0) == 0
+        session.now += 0.001
+    assert session.asked == 3 and not session.leased
+    session.now += MISS_SECONDS
+    assert scheduler.match(request, 0) == 0 and session.asked == 6
+
+
+def test_tiers_load_all_passages_at_the_same_time() -> None:
+    session = Waits(4)
+    session.coming = 1
+    scheduler, request = half(session, blending=BLENDING), Asked("a", texts(1000, 2000, 3000))
+    assert scheduler.match(request, 0) is None and session.asked == 3
+    session.coming, session.now = 0, 101.0
+    assert scheduler.match(request, 0) == len(request.all_token_ids) - 2 and len(session.leased) == 3
+
+
+def test_what_is_not_used_is_given_back() -> None:
+    """As soon as the request goes on, and not when it ends, which may be much later."""
+    session = Waits(4)
+    scheduler, request = half(session, blending=BLENDING), Asked("a", texts(1000, 2000))
+    assert scheduler.match(request, 0) == len(request.all_token_ids) - 2 and len(session.leased) == 2
+    scheduler.transferred(report=StepReport(no_blending="memory"))  # while the request waited for blocks
+    assert scheduler.match(request, 0) == 0
+    scheduler.allocated(request, ([1],), 0)
+    assert not session.leased

@@ -16,6 +16,7 @@ from lmcache.chunks.passages import Passage
 from lmcache.config.engine import load_blending
 from lmcache.engine import Loading, LoadPlan, Request, Requests
 from lmcache.engine.blending import DONOR, SEPARATOR, Blend, Blending, blending_of
+from lmcache.engine.requests import MISS_SECONDS
 from lmcache.engine.served import NOT_SERVED
 from lmcache.errors import LayoutError
 from lmcache.integration.vllm.model import ModelKV
@@ -105,6 +106,8 @@ class Blends:
         self._requests, self._settings, self._block_tokens = requests, settings, block_tokens
         self._parts: dict[str, tuple[list[_Part], int]] = {}
         """By request, the passages of which something is not in the prefix that was found, and where the question begins."""
+        self._asks_at: dict[str, float] = {}
+        """By request of which too little was found, when its passages are looked up again."""
         self._planned: list[BlendPlan] = []
         self.running: dict[str, BlendPlan] = {}
         """By request, what is being blended."""
@@ -122,18 +125,26 @@ class Blends:
         parts, end = self._parts[tracker.id]
         if self.refusal or not _wanted(tracker.request):
             return None
+        now = self._requests.runtime.now()
+        if now < self._asks_at.get(tracker.id, now):
+            return None
         usable: list[Passage] = []
-        for passage, request, own in parts:
+        waits: Loading | None = None
+        for passage, request, own in parts:  # all of them, so that tiers load them at the same time
             found = self._requests.find(request, own)
             if isinstance(found, Loading):
-                return found
+                waits = found
+                continue
             one = Passage(max(passage.start, have), passage.start + min(request.found_tokens, passage.tokens))
             if one.tokens > 0:
                 usable.append(one)
-            else:
+            elif request.hit is not None:
                 self._requests.give_back(request)
+        if waits is not None:
+            return waits
         if sum(one.tokens for one in usable) < self._settings.min_tokens:
             self._give_back(parts)
+            self._asks_at[tracker.id] = now + MISS_SECONDS
             return None
         return Blend(have, end, tuple(usable), self._settings)
 
@@ -190,9 +201,14 @@ class Blends:
                 self._requests.session.blended(request_id, *told)
         self.refusal = self.refusal or report.no_blending
 
+    def not_used(self, request_id: str) -> None:
+        """Give back what a request has found that goes on without it."""
+        self._give_back(self._parts.get(request_id, ((), 0))[0])
+
     def ended(self, request_id: str) -> None:
         """Give back what a request that has ended has found."""
         self.running.pop(request_id, None)
+        self._asks_at.pop(request_id, None)
         self._give_back(self._parts.pop(request_id, ((), 0))[0])
 
     def _give_back(self, parts: Sequence[_Part]) -> None:
@@ -223,7 +239,7 @@ def _wanted(request: Any) -> bool:
     """Return whether passages may be blended into this request: it has computed nothing yet, and has not asked for none."""
     params = getattr(request, "kv_transfer_params", None)
     asked = params.get(KEY, True) if isinstance(params, dict) else True
-    return bool(asked) and request.num_tokens == request.num_prompt_tokens
+    return bool(asked) and bool(request.num_tokens == request.num_prompt_tokens)
 
 
 def _given(vllm_config: Any) -> Mapping[str, Any]:

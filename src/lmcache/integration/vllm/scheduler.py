@@ -231,6 +231,8 @@ class SchedulerSide:
             self._blends.plan(tracker, request.all_token_ids, blend, tracker.local_tokens)
             self.requests.stores_no_more(tracker)
             return
+        if self._blends is not None:
+            self._blends.not_used(request.request_id)
         loads = tracker.hit is not None and external_tokens > 0
         if not loads or tracker.synchronous:
             self._running.add(tracker.id)
