@@ -207,6 +207,8 @@ def test_who_is_blended() -> None:
         (None, 0, True),
         ({"lmcache.blend": True, "x": 1}, 0, True),
         ({"lmcache.blend": False}, 0, False),
+        ({"lmcache.blend": "false"}, 0, False),
+        ({"lmcache.blend": None}, 0, False),
         (None, 1, False),
     ):
         made, tracker = blends(Server(p1000=48))

@@ -236,10 +236,11 @@ def hide(request: Any, exact: int, block_tokens: int) -> None:
 
 
 def _wanted(request: Any) -> bool:
-    """Return whether passages may be blended into this request: it has computed nothing yet, and has not asked for none."""
+    """Return whether passages may be blended into this request: it has computed nothing yet, and has not asked for none. Who says
+    anything but true wants an exact answer."""
     params = getattr(request, "kv_transfer_params", None)
     asked = params.get(KEY, True) if isinstance(params, dict) else True
-    return bool(asked) and bool(request.num_tokens == request.num_prompt_tokens)
+    return asked is True and bool(request.num_tokens == request.num_prompt_tokens)
 
 
 def _given(vllm_config: Any) -> Mapping[str, Any]:
