@@ -331,3 +331,13 @@ def test_what_is_not_used_is_given_back() -> None:
     assert scheduler.match(request, 0) == 0
     scheduler.allocated(request, ([1],), 0)
     assert not session.leased
+
+
+def test_what_differs_is_told_of_prompts_and_not_of_their_passages() -> None:
+    session, told = Waits(), list[str]()
+    session.differs = lambda token, request_id: told.append(request_id)  # type: ignore[method-assign]
+    scheduler = half(session, blending=BLENDING)
+    for number in range(1, 4):
+        prompt = [number] * 20 + texts(number * 1000)
+        assert scheduler.match(Asked(f"prompt {number}", prompt), 0) == 0
+    assert told == ["prompt 2", "prompt 3"]

@@ -230,7 +230,7 @@ class Requests(Generic[RequestT]):
             request.wait = Wait(began, found, now + min(MISS_SECONDS, WAIT_SHARE * (now - began)))
             request.promised, request.asked_tokens = 0, len(tokens)
             return found
-        if chain is not None and not same and self._loads:
+        if chain is not None and not same and self._loads and not request.passage:
             missing = found.chunks if found is not None else have // chain.chunk_tokens
             position = self._nearest.missed(chain, tokens, missing) if missing < len(chain) else -1
             if position >= 0:
