@@ -117,6 +117,28 @@ def mend_blends(llm: Any) -> dict[str, Any]:
     return {"refusal": why}
 
 
+def watch_blends(llm: Any, at_once: int) -> dict[str, Any]:
+    """From now on compute so many tokens of a prompt that is blended between two steps. Answers how many tokens were computed
+    between steps since the last call, where it were any."""
+    passages = rank_worker()._passages
+    if not hasattr(passages, "watched"):
+        passages.watched = []
+        finished, model = passages.finished, passages._blender._model
+
+        def count_steps(*given: Any) -> Any:
+            passages.watched.append(0)
+            return finished(*given)
+
+        def count_tokens(**given: Any) -> Any:
+            passages.watched[-1] += len(given["input_ids"])
+            return model(**given)
+
+        passages.finished, passages._blender._model = count_steps, count_tokens
+    steps, passages.watched[:] = [tokens for tokens in passages.watched if tokens], []
+    passages._blender.at_once = at_once
+    return {"steps": steps}
+
+
 def wait_for_passages(llm: Any) -> dict[str, Any]:
     """Return when the passages that are being stored have been stored. They hold up no engine, and no block."""
     copies = rank_worker()._passages._copies
@@ -614,6 +636,7 @@ COMMANDS = {
     "preempt": preempt,
     "turn_keys": turn_keys,
     "wait_for_passages": wait_for_passages,
+    "watch_blends": watch_blends,
     "ways": ways,
     "embed": embed,
     "reset": reset,

@@ -196,6 +196,22 @@ def test_requests_at_once(engine: Engine, server: Server, texts: Texts) -> None:
     engine.wait_until(lambda: since(server, had)[0] == len(blended), "what was blended", 60)
 
 
+def test_no_more_than_a_forward_is_computed_between_two_steps(engine: Engine, server: Server, texts: Texts) -> None:
+    """A prompt with little to blend and much to compute holds up the other requests no longer than any prompt."""
+    engine.ask("blend", choose="query", recompute_ratio=1.0)
+    prompt = [*texts.prompt([71], question=0), *tokens(600, 930), *texts.separator, *tokens(30, 901)]
+    found, steps = [], list[list[int]]()
+    for salt, at_once in (("whole", 1024), ("parts", 64)):
+        engine.generate([texts.prompt([72, 71])], salts=[salt])
+        settle(engine)
+        engine.ask("watch_blends", at_once=at_once)
+        found.append(engine.generate([prompt], salts=[salt]))
+        steps.append(engine.ask("watch_blends", at_once=1024)["steps"])
+    assert_same(found[1], found[0])
+    assert len(steps[0]) == 1, "what is little is computed at once"
+    assert len(steps[1]) > 10 and max(steps[1]) <= 64 and sum(steps[1]) == sum(steps[0]) > 600
+
+
 def test_failures_are_computed(engine: Engine, server: Server, texts: Texts) -> None:
     salts, had = ["failures"], counted(server)
     engine.generate([texts.prompt([51, 52, 53])], salts=salts)

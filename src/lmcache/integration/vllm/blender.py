@@ -7,7 +7,7 @@ tokens are chosen by is seen at vLLM's `Attention` modules, which all models sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -27,7 +27,8 @@ from lmcache.integration.vllm.runner import noted_runner
 from lmcache.transfer.copier import make_copiers
 
 _MOST_AT_ONCE = 1024
-"""Tokens of one forward. More are computed in several, of which a later one sees what an earlier one has computed."""
+"""Tokens of one forward, and of what is computed between two steps. More are computed in several forwards, of which a later one
+sees what an earlier one has computed."""
 _ROPE = ("RotaryEmbedding", "Llama3RotaryEmbedding", "YaRNScalingRotaryEmbedding")
 """vLLM's modules whose angles depend on the position alone."""
 
@@ -50,6 +51,8 @@ class Blender:
         self._config, self._model = vllm_config, runner.get_model()
         self._names, self._registered = list(layer_names), registered
         self._most_tokens = int(vllm_config.model_config.max_model_len)
+        self.at_once = min(_MOST_AT_ONCE, int(vllm_config.scheduler_config.max_num_batched_tokens))
+        """Tokens of one forward: no more than vLLM computes in a step."""
         layers = vllm_config.compilation_config.static_forward_context
         if sorted(layers) != sorted(layer_names):
             raise LayoutError("blending needs a model whose layers all are attention with KV of their own")
@@ -65,26 +68,28 @@ class Blender:
         """The keys and values of one layer's first tokens, while a layer looks at them."""
         self.turns = self._found_turns()
 
-    def compute(self, tokens: Sequence[int], blocks: Sequence[int], blend: Blend) -> Tokens:
-        """Compute what has no KV before the question, and some of the blended tokens again. Return the latter.
+    def compute(self, tokens: Sequence[int], blocks: Sequence[int], blend: Blend) -> Generator[int, None, Tokens]:
+        """Compute what has no KV before the question, and some of the blended tokens again. Return the latter. Before each
+        forward its number of tokens is yielded, so that the engine's steps can go on between them.
 
         tokens: the prompt. blocks: its blocks, which hold exact KV of the first `blend.have` tokens, and that of the blended
         ones."""
         settings, again = blend.settings, blend.links
         ids, table = torch.tensor(tokens), torch.tensor(blocks, dtype=torch.int32)
-        self._compute(ids, table, blend.first())
+        yield from self._compute(ids, table, blend.first())
         if settings.choose == "none" or not settings.recompute_ratio:
             return again
         score = self._attended if settings.choose == "query" else self._deviation
-        chosen = blend.chosen(score(ids, table, blend))
-        self._compute(ids, table, blend.then(chosen))
+        chosen = blend.chosen((yield from score(ids, table, blend)))
+        yield from self._compute(ids, table, blend.then(chosen))
         return np.union1d(again, chosen)
 
     # Forwards
 
-    def _compute(self, ids: torch.Tensor, table: torch.Tensor, tokens: Tokens) -> None:
+    def _compute(self, ids: torch.Tensor, table: torch.Tensor, tokens: Tokens) -> Iterator[int]:
         """Compute these tokens over the KV of those before them, and put theirs into the blocks."""
-        for part in _parts(tokens):
+        for part in self._parts(tokens):
+            yield len(part)
             self._forward(ids, table, part)
 
     def _forward(self, ids: torch.Tensor, table: torch.Tensor, tokens: Tokens) -> None:
@@ -104,15 +109,21 @@ class Blender:
         with set_forward_context(None, self._config, num_tokens=len(ids), slot_mapping={}, skip_compiled=True):
             self._model(input_ids=ids, positions=places)
 
+    def _parts(self, tokens: Tokens) -> list[Tokens]:
+        return [tokens[at : at + self.at_once] for at in range(0, len(tokens), self.at_once)]
+
     @property
     def _block_tokens(self) -> int:
         return self._registered.paged.block_tokens * self._registered.blocks_per_block
 
     # Which tokens matter
 
-    def _attended(self, ids: torch.Tensor, table: torch.Tensor, blend: Blend) -> npt.NDArray[np.float32]:
+    def _attended(
+        self, ids: torch.Tensor, table: torch.Tensor, blend: Blend
+    ) -> Generator[int, None, npt.NDArray[np.float32]]:
         """Return the attention that the question pays to each token before it. The question's own KV is put nowhere."""
         begin = max(blend.end, len(ids) - QUESTION_TOKENS)
+        yield len(ids) - begin
         scores = torch.zeros(blend.end)
 
         def answer(number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -136,14 +147,17 @@ class Blender:
         found: npt.NDArray[np.float32] = scores.numpy()
         return found
 
-    def _deviation(self, ids: torch.Tensor, table: torch.Tensor, blend: Blend) -> npt.NDArray[np.float32]:
+    def _deviation(
+        self, ids: torch.Tensor, table: torch.Tensor, blend: Blend
+    ) -> Generator[int, None, npt.NDArray[np.float32]]:
         """Return how far the keys of each token at the layer that is looked at are from the blended ones. The KV of the layers
         before it is computed anew for all tokens."""
         check, scores = blend.settings.check_layer, np.zeros(blend.end, dtype=np.float32)
         if check >= len(self._layers):
             raise LayoutError(f"check_layer is {check}, and the model has {len(self._layers)} layers")
         keys = self._read(check, table, blend.end)[0].float()
-        for part in _parts(np.arange(blend.exact, blend.end, dtype=np.int64)):
+        for part in self._parts(np.arange(blend.exact, blend.end, dtype=np.int64)):
+            yield len(part)
 
             def look(_: Any, given: Any, part: Tokens = part) -> None:
                 apart = given[1].view(len(part), *keys.shape[1:]).float() - keys[torch.from_numpy(part)]
@@ -208,11 +222,6 @@ class Blender:
 
 class _Looked(Exception):
     """Ends a forward at the layer that was looked at."""
-
-
-def _parts(tokens: Tokens) -> Iterator[Tokens]:
-    for at in range(0, len(tokens), _MOST_AT_ONCE):
-        yield tokens[at : at + _MOST_AT_ONCE]
 
 
 def _as_requests(

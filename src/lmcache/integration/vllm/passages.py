@@ -8,7 +8,7 @@ vLLM computes the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,12 +93,15 @@ class Room:
 
 @dataclass(eq=False)
 class _Blending:
-    """A request that is being blended. places: of its passages in the room. copies: of its loads; empty until it has places."""
+    """A request that is being blended. places: of its passages in the room. copies: of its loads; empty until it has places.
+    forwards: of the blender, once it has begun; due: tokens of the next one."""
 
     plan: BlendPlan
     weights: int
     places: list[int] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    forwards: Iterator[int] | None = None
+    due: int = 0
 
 
 class Passages:
@@ -143,8 +146,9 @@ class Passages:
         return True
 
     def finished(self, weights: int, wait_seconds: float) -> tuple[set[str], list[BlendPlan]]:
-        """Blend what has arrived: one request, since this holds up a step. Return (requests that are blended or have failed, the
-        plans of those that have failed). wait_seconds: how long to wait for copies if nothing has arrived."""
+        """Blend what has arrived: one request, and no more of it at once than a forward, since this holds up a step. Return
+        (requests that are blended or have failed, the plans of those that have failed). wait_seconds: how long to wait for copies
+        if nothing has arrived."""
         self._copies.collect()
         if wait_seconds and self._waiting and self._arrived() is None:
             self._session.wait_finished(wait_seconds)
@@ -152,26 +156,39 @@ class Passages:
         one = self._arrived()
         if one is None:
             return set(), []
+        ok: bool | None = not self.refusal and one.weights == weights and all(copy.ok for copy in one.copies)
+        ok = ok and self._blend(one)
+        if ok is None:
+            return set(), []
         self._waiting.remove(one)
         self._jobs -= {copy.plan.job_id for copy in one.copies}
-        ok = not self.refusal and one.weights == weights and all(copy.ok for copy in one.copies)
-        ok = ok and self._blend(one)
         self._free(one)
         return {one.plan.request_id}, [] if ok else [one.plan]
 
     def _arrived(self) -> _Blending | None:
-        ready = (one for one in self._waiting if one.copies and all(copy.done is not None for copy in one.copies))
-        return next(ready, None)
+        ready = [one for one in self._waiting if one.copies and all(copy.done is not None for copy in one.copies)]
+        begun = [one for one in ready if one.forwards is not None]
+        return next(iter(begun or ready), None)
 
-    def _blend(self, one: _Blending) -> bool:
-        plan, blended = one.plan, one.plan.blend.blended
+    def _blend(self, one: _Blending) -> bool | None:
+        """Blend this request, or a part of it. Return whether that has succeeded, None if there is more to compute."""
+        plan, blended, left = one.plan, one.plan.blend.blended, self._blender.at_once
         try:
             with torch.inference_mode():
-                for (passage, _), place, usable in zip(plan.passages, one.places, blended, strict=True):
-                    first = usable.start - passage.start
-                    self._turn(place + first, usable.tokens, first, usable.start)
-                    self._room.put(place + first, usable, plan.blocks)
-                again = self._blender.compute(plan.tokens, plan.blocks, plan.blend)
+                if one.forwards is None:
+                    for (passage, _), place, usable in zip(plan.passages, one.places, blended, strict=True):
+                        first = usable.start - passage.start
+                        self._turn(place + first, usable.tokens, first, usable.start)
+                        self._room.put(place + first, usable, plan.blocks)
+                    one.forwards = self._blender.compute(plan.tokens, plan.blocks, plan.blend)
+                    one.due = next(one.forwards)
+                while True:
+                    left -= one.due
+                    one.due = next(one.forwards)
+                    if one.due > left:
+                        return None
+        except StopIteration as end:
+            again = end.value
         except NOT_SERVED as error:  # also of PyTorch, such as too little memory
             self._refuse(error)
             return False
