@@ -212,6 +212,13 @@ def test_no_more_than_a_forward_is_computed_between_two_steps(engine: Engine, se
     assert len(steps[1]) > 10 and max(steps[1]) <= 64 and sum(steps[1]) == sum(steps[0]) > 600
 
 
+def test_a_passage_that_waits_for_room_gets_it_before_what_would_be_stored() -> None:
+    command = [PYTHON, str(Path(__file__).with_name("room.py"))]
+    told = environment(PYTHONPATH=os.environ.get("PYTHONPATH", str(ROOT / "src")), OMP_NUM_THREADS="1")
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600, env=told, cwd=ROOT).stdout
+    assert json.loads(said.rpartition("ANSWER ")[2]) == {"steps": 2, "dropped": ["queue full"] * 2}
+
+
 def test_failures_are_computed(engine: Engine, server: Server, texts: Texts) -> None:
     salts, had = ["failures"], counted(server)
     engine.generate([texts.prompt([51, 52, 53])], salts=salts)

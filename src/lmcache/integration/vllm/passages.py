@@ -197,8 +197,9 @@ class Passages:
 
     def store(self, stores: Sequence[PassageStore], fresh: bool) -> None:
         """Store passages of prompts that were computed by now. fresh: whether by the weights that the plan knows of."""
+        short = any(not one.places for one in self._waiting)  # of room: what would be stored could keep it so for ever
         for one in stores:
-            place = self._room.take(one.passage.tokens) if fresh and not self.refusal else None
+            place = self._room.take(one.passage.tokens) if fresh and not (self.refusal or short) else None
             if place is None:
                 self._copies.drop(one.plan, "queue full" if fresh else "weights changed")
                 continue
