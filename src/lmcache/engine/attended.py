@@ -17,9 +17,11 @@ def paid(query: torch.Tensor, key: torch.Tensor, scale: float, seen: torch.Tenso
 
     query: [heads, rows, size]. key: [KV heads, tokens, size]. seen: which tokens a row sees, as bool or as what is added to its
     scores, of a shape that fits; None for all of them."""
-    scores = (
-        query.float() @ key.repeat_interleave(query.shape[0] // key.shape[0], dim=0).float().transpose(1, 2) * scale
-    )
+    heads, rows, size = query.shape
+    grouped = query.float().reshape(
+        len(key), -1, size
+    )  # the heads that share a KV head are rows of it: nothing is repeated
+    scores = (grouped @ key.float().transpose(1, 2) * scale).view(heads, rows, -1)
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
     return scores.softmax(dim=-1)

@@ -130,16 +130,17 @@ class Blender:
             layer = self._layers[number]
             before = self._read(number, table, blend.end)
             keys, values = (
-                torch.cat([old, new.view(-1, *old.shape[1:])]).transpose(0, 1)
+                torch.cat([old, new.view(-1, *old.shape[1:])]).transpose(0, 1).float()
                 for old, new in zip(before, (key, value), strict=True)
             )
             queries = query.view(len(query), layer.num_heads, layer.head_size).transpose(0, 1)
             seen = torch.arange(keys.shape[1])[None] <= blend.end + torch.arange(len(query))[:, None]
-            many, answers = layer.num_heads // layer.num_kv_heads, []
+            answers = []
             for rows in torch.arange(len(query)).split(rows_at_once(layer.num_heads, keys.shape[1])):
                 weights = paid(queries[:, rows], keys, layer.impl.scale, seen[rows])
                 scores.add_(weights[..., : blend.end].sum(dim=(0, 1)))
-                answers.append(weights @ values.repeat_interleave(many, dim=0).float())
+                of_kv_heads = weights.view(layer.num_kv_heads, -1, weights.shape[-1])
+                answers.append((of_kv_heads @ values).view(*weights.shape[:2], -1))
             return torch.cat(answers, dim=1).transpose(0, 1).flatten(1).to(query.dtype)
 
         with self._answered(answer):
