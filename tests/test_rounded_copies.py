@@ -214,7 +214,7 @@ def test_engines_none_of_whose_kv_can_be_rounded_are_refused_by_name() -> None:
 def test_gpus_and_other_heads_are_refused_by_name() -> None:
     paged, _ = build(Shape("bgthDd", 2, 4, 16, 1, 2, 64, 1, 2))
     rounded = dataclasses.replace(paged.rounded((Form.INT8,), "bfloat16"), device="cuda:0")
-    with pytest.raises(LayoutError, match=r"engines on a CPU.*codec=int8 at the tiers"):
+    with pytest.raises(LayoutError, match=r"k8v4-l1 are for engines on a CPU.*codec=int8 at the tiers"):
         make_copiers([(rounded, 16)])
     with pytest.raises(LayoutError, match="heads of 64 values in fp8_e4m3 cannot be INT8"):
         paged.rounded((Form.INT8,), "fp8_e4m3")

@@ -70,8 +70,8 @@ def make_copiers(groups: Sequence[tuple[PagedKV, int]], threads: int = 1, runtim
     """
     if groups[0][0].device != "cpu" and any(plane.form for paged, _ in groups for plane in paged.planes):
         raise LayoutError(
-            "lossy_kv=int8-l1 is for engines on a CPU, since the copies of GPUs cannot round: use lossy_kv=int8 here, and "
-            "codec=int8 at the tiers (docs/codecs.md)"
+            "lossy_kv=int8-l1 and k8v4-l1 are for engines on a CPU, since the copies of GPUs cannot round: use "
+            "lossy_kv=int8 here, and codec=int8 at the tiers (docs/codecs.md)"
         )
     if groups[0][0].device == "cpu":
         return [CpuCopier(paged, tokens, threads, runtime) for paged, tokens in groups]
