@@ -341,3 +341,12 @@ def test_what_differs_is_told_of_prompts_and_not_of_their_passages() -> None:
         prompt = [number] * 20 + texts(number * 1000)
         assert scheduler.match(Asked(f"prompt {number}", prompt), 0) == 0
     assert told == ["prompt 2", "prompt 3"]
+
+
+def test_nothing_is_blended_once_the_engine_is_not_served() -> None:
+    """The leases have ended then, so the server may fill the extents with something else."""
+    session = Waits(4)
+    scheduler, request = half(session, blending=BLENDING), Asked("a", texts(1000, 2000))
+    assert scheduler.match(request, 0) == len(request.all_token_ids) - 2 and len(session.leased) == 2
+    scheduler.transferred(report=StepReport(refusal="these weights are unknown"))  # while the request waited for blocks
+    assert session.closed and scheduler.match(request, 0) == 0 and not session.leased

@@ -135,7 +135,8 @@ class Blends:
             if isinstance(found, Loading):
                 waits = found
                 continue
-            one = Passage(max(passage.start, have), passage.start + min(request.found_tokens, passage.tokens))
+            tokens_found = request.found_tokens if found is not None else 0  # a hit of before may be there still
+            one = Passage(max(passage.start, have), passage.start + min(tokens_found, passage.tokens))
             if one.tokens > 0:
                 usable.append(one)
             elif request.hit is not None:
