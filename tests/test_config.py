@@ -88,6 +88,7 @@ SAMPLES = {
     "peer_keep": ("no", "no"),
     "peer_transport": ("NIXL", "nixl"),
     "peer_devices": ("mlx5_0:1,eth1", "mlx5_0:1,eth1"),
+    "l1_codec": ("INT8", "int8"),
     "l1_size_gb": ("2.5", 2.5),
     "eviction_policy": ("lru", "LRU"),
     "chunk_size": ("1", 1),
