@@ -190,10 +190,11 @@ class Blends:
                 self._requests.session.blended(request_id, *told)
         self.refusal = self.refusal or report.no_blending
 
-    def ended(self, request_id: str) -> None:
-        """Give back what a request that has ended has found."""
-        self.running.pop(request_id, None)
+    def ended(self, request_id: str) -> bool:
+        """Give back what a request that has ended has found. Return whether it is still being blended, in vain."""
+        in_vain = self.running.pop(request_id, None) is not None
         self._give_back(self._parts.pop(request_id, ((), 0))[0])
+        return in_vain
 
     def _give_back(self, parts: Sequence[_Part]) -> None:
         for _, request, _ in parts:

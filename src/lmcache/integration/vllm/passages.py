@@ -8,7 +8,7 @@ vLLM computes the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,12 +93,14 @@ class Room:
 
 @dataclass(eq=False)
 class _Blending:
-    """A request that is being blended. places: of its passages in the room. copies: of its loads; empty until it has places."""
+    """A request that is being blended. places: of its passages in the room. copies: of its loads; empty until it has places.
+    wanted: whether the request has not ended meanwhile."""
 
     plan: BlendPlan
     weights: int
     places: list[int] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    wanted: bool = True
 
 
 class Passages:
@@ -120,12 +122,14 @@ class Passages:
         """Return whether this load is a part of what is blended."""
         return copy.plan.job_id in self._jobs
 
-    def begin(self, plans: Sequence[BlendPlan], weights: int, own: Copies) -> None:
+    def begin(self, plans: Sequence[BlendPlan], weights: int, own: Copies, given_up: Collection[str] = ()) -> None:
         """Begin to load what is blended. weights: number of weight changes that the plan knows of. own: the rank's copies to its
-        blocks."""
+        blocks. given_up: requests that are not to be blended any more."""
         self._waiting += [_Blending(plan, weights) for plan in plans]
         for one in self._waiting:
-            if not one.places and not self._begin(one, own):
+            one.wanted = one.wanted and one.plan.request_id not in given_up
+        for one in self._waiting:
+            if one.wanted and not one.places and not self._begin(one, own):
                 break  # until another one has been blended
 
     def _begin(self, one: _Blending, own: Copies) -> bool:
@@ -155,13 +159,15 @@ class Passages:
         self._waiting.remove(one)
         self._jobs -= {copy.plan.job_id for copy in one.copies}
         ok = not self.refusal and one.weights == weights and all(copy.ok for copy in one.copies)
-        ok = ok and self._blend(one)
+        ok = not one.wanted or (ok and self._blend(one))
         self._free(one)
         return {one.plan.request_id}, [] if ok else [one.plan]
 
     def _arrived(self) -> _Blending | None:
-        ready = (one for one in self._waiting if one.copies and all(copy.done is not None for copy in one.copies))
-        return next(ready, None)
+        """Return one whose copies have ended: first of those that nobody waits for, which take no time."""
+        begun = (one for one in self._waiting if one.copies or not one.wanted)
+        ready = [one for one in begun if all(copy.done is not None for copy in one.copies)]
+        return min(ready, key=lambda one: one.wanted, default=None)
 
     def _blend(self, one: _Blending) -> bool:
         plan, blended = one.plan, one.plan.blend.blended
