@@ -269,7 +269,10 @@ def test_the_wrong_scheme_is_named(
     assert main(["bench", "engine", "--url", engine.url.replace("http", "https"), *QUICK]) == 1
     assert f"pass --url {engine.url}" in capsys.readouterr().err
     assert main(["bench", "engine", "--url", safe[0].url.replace("https", "http"), *QUICK]) == 1
-    assert "no engine answers at http://127.0.0.1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no engine answers at http://127.0.0.1" in said and f"if it speaks TLS, pass --url {safe[0].url}" in said, (
+        said
+    )
 
 
 def test_no_error_contains_the_key(

@@ -354,6 +354,21 @@ def test_a_prefetch_for_which_pins_leave_no_room_says_so(
     assert told["state"] in ("failed", "partial") and "no room" in told["reason"] and "pinned" in told["reason"], told
 
 
+def test_a_prefetch_for_an_engine_that_has_gone_says_so(
+    server: StartServer, engine: StartEngine, tmp_path: Path
+) -> None:
+    cache = server(l1=4, chunk=CHUNK, flags=("--l2", f"disk://{tmp_path}?max_gb=0.1"))
+    one, wanted = engine(cache), prompt(1, 1600)
+    one.store(wanted)
+    one.store(prompt(2, 32))
+    eventually(lambda: cache.status()["tiers"][0]["shards"] == 102)
+    ask(cache, "DELETE", "/cache/objects", {"tokens": wanted})  # the other prompt's chunks keep the model known
+    one.close()
+    eventually(lambda: cache.status()["active_sessions"] == 0)
+    told = ended(cache, ask(cache, "POST", "/cache/prefetches", {"tokens": wanted}, status=202)["id"])
+    assert told["state"] == "failed" and "no engine with this model is connected" in told["reason"], told
+
+
 def test_a_prefetch_that_hangs_is_cancelled_and_bounded_in_number(
     server: StartServer, engine: StartEngine, hanging: Path
 ) -> None:

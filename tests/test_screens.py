@@ -142,6 +142,8 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ]
     assert completed("lmcache", "completion", "")[:3] == ["bash", "zsh", "fish"]
     assert completed("lmcache", "ping", "--format", "") == ["json", "terminal"]
+    assert completed("lmcache", "ping", "--format", "=") == completed("lmcache", "ping", "--format", "=", "")
+    assert completed("lmcache", "ping", "--format", "=", "te") == ["terminal"], "bash makes three words of --format=te"
     assert not any(word.startswith("--hash-algorithm") for word in completed("lmcache", "server", "--")), (
         "it has no effect"
     )
@@ -196,6 +198,7 @@ COMPLETIONS = {
     "lmcache tier rem": "remove",
     "lmcache server --l1-size-g": "--l1-size-gb",
     "lmcache ping --format term": "terminal",
+    "lmcache ping --format=term": "--format=terminal",
     "lmcache kvcache usage --b": "--by",
     "lmcache kvcache usage --by t": "tenant",
     "lmcache completion z": "zsh",

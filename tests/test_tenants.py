@@ -177,3 +177,16 @@ def test_a_server_tells_it_over_http_and_on_the_command_line(
     assert json.loads(capsys.readouterr().out)["tenants"] == rows[1:]
     assert main([*words, "--cache-salt", "unknown"]) == 0
     assert "Nothing is known" in capsys.readouterr().out
+
+
+def test_passages_count_for_the_tenant_of_their_prompt(server: StartServer, engine: StartEngine) -> None:
+    """Their lookups are none of a prompt's, so nothing is added to what the tenant has asked for."""
+    cache = server(l1=4, chunk=CHUNK)
+    one, tenant = engine(cache), tenant_of("salt")
+    assert one.scheduler is not None
+    chain = one.scheduler.new_chain("salt", passage="donor", tenant=tenant)
+    chain.extend(prompt(1, 160))
+    assert one.scheduler.lookup(chain, passage=True, tokens=160) is None
+    assert one.store(prompt(1, 160), chain=chain) == 160
+    (row,) = eventually(lambda: ask(cache, "GET", "/cache/usage")["tenants"])
+    assert (row["tenant"], row["chunks"], row["requests"], row["requested_tokens"]) == (tenant.hex(), 10, 0, 0)

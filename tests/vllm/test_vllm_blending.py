@@ -243,6 +243,11 @@ def test_aborted_and_preempted_requests(engine: Engine, server: Server, texts: T
     orders = [[63, 61], [62, 61], [63, 62], [62, 63, 61]]
     engine.ask("abort", prompts=[texts.prompt(order) for order in orders], after_steps=[0, 1, 2, 4])
     had = counted(server)
+    engine.ask("abort", prompts=[texts.prompt(order) for order in orders], after_steps=[1, 1, 1, 1])
+    engine.generate([texts.prompt([63, 61, 62])])  # the server hears of it after all that was blended before
+    assert since(server, had)[0] <= 2, "one in the first step, and the last prompt"
+    engine.wait_until(lambda: not server.status()["index"]["leases"], "the ends of all leases", 60)
+    had = counted(server)
     prompt = texts.prompt([63, 62, 61])
     told = engine.ask("preempt", prompt=prompt, steps=5)
     assert told["computed"] >= texts.context([63, 62, 61]) and told["preemptions"] and told["tokens"] == [8]

@@ -7,6 +7,7 @@ import os
 import ssl
 from pathlib import Path
 
+import anyio
 import h11
 
 from lmcache.config.given import check_secret_file
@@ -72,6 +73,8 @@ def why_failed(engine: Engine, error: Exception) -> str:
         return f"it does not speak TLS as expected ({error.reason or error}): if it speaks HTTP without TLS, {other}"
     if isinstance(error, h11.RemoteProtocolError) and engine.tls is None:
         return f"it does not speak HTTP ({error}): if it speaks TLS, {other}"
+    if isinstance(error, anyio.BrokenResourceError):
+        return "it has ended the connection" + ("" if engine.tls else f": if it speaks TLS, {other}")
     return str(error) or type(error).__name__
 
 

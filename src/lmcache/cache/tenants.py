@@ -64,11 +64,15 @@ class Tenants:
         use.requested_tokens += account.tokens
         use.found_tokens += sum(account.found.values())
         if account.tenant and account.first:
-            first = account.first[: HASH_BYTES // 2]
-            self._beginnings[first] = account.tenant
-            self._beginnings.move_to_end(first)
-            if len(self._beginnings) > MOST_BEGINNINGS:
-                self._beginnings.popitem(last=False)
+            self.begins(account.first, account.tenant)
+
+    def begins(self, first: bytes, tenant: bytes) -> None:
+        """Note whose the chunks are that follow this first chunk, of a prompt or of a passage."""
+        first = first[: HASH_BYTES // 2]
+        self._beginnings[first] = tenant
+        self._beginnings.move_to_end(first)
+        if len(self._beginnings) > MOST_BEGINNINGS:
+            self._beginnings.popitem(last=False)
 
     def of_beginning(self, key: bytes) -> bytes:
         """Return the tenant of a first chunk; b"" if none is known."""

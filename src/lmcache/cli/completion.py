@@ -63,6 +63,8 @@ def _bash(words: list[Words]) -> Iterator[str]:
     yield "# Completion of lmcache for bash, made by `lmcache completion bash`."
     yield "_lmcache() {"
     yield '    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" list='
+    yield '    if [ "$word" = = ]; then word=  # bash makes three words of --flag=value'
+    yield '    elif [ "$before" = = ]; then before="${COMP_WORDS[COMP_CWORD-2]}"; fi'
     yield '    if [ "$COMP_CWORD" -eq 1 ]; then'
     yield f'        list="{" ".join(one.verb for one in words)} --help --version"'
     yield '    else case "${COMP_WORDS[1]} $before" in'
@@ -93,12 +95,15 @@ def _zsh(words: list[Words]) -> Iterator[str]:
     yield "        _describe verb list"
     yield "        return"
     yield "    fi"
-    yield '    case "$words[2] $words[CURRENT-1]" in'
+    yield '    local before="$words[CURRENT-1]" value='
+    yield '    if [[ "$words[CURRENT]" == --*=* ]] && compset -P 1 "*="; then before="${IPREFIX%=}" value=1; fi'
+    yield '    case "$words[2] $before" in'
     for one in words:
         for flag, values in one.choices.items():
             if flag:
                 yield f"        {_quoted(f'{one.verb} {flag}')}) compadd -- {' '.join(values)}; return ;;"
     yield "    esac"
+    yield '    if [ -n "$value" ]; then _files; return; fi'
     yield '    case "$words[2]" in'
     for one in words:
         yield f"        {one.verb})"

@@ -35,6 +35,7 @@ _NO_ROOM = (
     "L1 has no room for the rest: all it holds is pinned (GET /cache/pins) or in use by engines; "
     "end pins, or raise --l1-size-gb"
 )
+_NO_ENGINE = "no engine with this model is connected now, and L1 loads nothing for one that has gone: prefetch while one is connected"
 _UNDELIVERED = "failed", "late", "patience"
 """How a fetch ends whose tier has said that it has the chunks."""
 _READABLE = "serving", "serves in part", "stores fail"
@@ -199,8 +200,10 @@ class Prefetches:
             self._go_on_soon()
         elif one.tries + 1 < _TRIES:
             one.tries, one.retry_at = one.tries + 1, now + _RETRY_SECONDS
-        elif self._had_no_room(one):
+        elif self._was_refused(one, "no room"):
             self._finish(one, PARTIAL if found else FAILED, _NO_ROOM)
+        elif self._was_refused(one, "no engine"):
+            self._finish(one, PARTIAL if found else FAILED, _NO_ENGINE)
         elif troubles := "; ".join(self._troubles(one)):
             reason = f"tiers that may have the rest have not delivered it: {troubles}; GET /fetches says what each did"
             self._finish(one, PARTIAL if found else FAILED, reason)
@@ -215,10 +218,10 @@ class Prefetches:
         of_it = (record for record in reversed(self._tiering.fetches.records) if one.request in record.requests)
         return next(of_it, None)
 
-    def _had_no_room(self, one: Prefetch) -> bool:
-        """Return whether L1 refused what a tier had for the last slice."""
+    def _was_refused(self, one: Prefetch, reason: str) -> bool:
+        """Return whether L1 refused what a tier had for the last slice, for this reason."""
         last = self._last_fetch(one)
-        return last is not None and bool(last.events["refused:no room"])
+        return last is not None and bool(last.events[f"refused:{reason}"])
 
     def _troubles(self, one: Prefetch) -> Iterator[str]:
         """Yield what is wrong with each tier that has not said what it has of the last slice, or has not delivered it."""

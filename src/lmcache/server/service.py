@@ -19,7 +19,7 @@ from lmcache.cache.heart import MAX_SHARDS
 from lmcache.cache.lifetimes import Lifetimes
 from lmcache.cache.promises import Asker
 from lmcache.cache.tenants import Tenants
-from lmcache.chunks import Split, space_fingerprint, tensor_splits
+from lmcache.chunks import HASH_BYTES, Split, space_fingerprint, tensor_splits
 from lmcache.errors import LayoutError, LMCacheError
 from lmcache.observability.log import init_logger
 from lmcache.server.eviction import Eviction
@@ -262,6 +262,8 @@ class Service:
             hashes = self._answerable(peer, request, spaces, first)
         name = m.request_name(request.request)
         asked = peer.process, request.space, hashes, first, name, request.others, request.sisters
+        if request.passage and request.tenant and hashes:
+            self.tenants.begins(hashes[:HASH_BYTES], request.tenant)  # the prompt's own lookup does not tell it
         again = request.passage or not request.loads
         again = again or (request.again and not self.accounts.is_uncounted(peer.process, name))
         hit = None

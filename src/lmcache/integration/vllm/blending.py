@@ -206,11 +206,12 @@ class Blends:
         """Give back what a request has found that goes on without it."""
         self._give_back(self._parts.get(request_id, ((), 0))[0])
 
-    def ended(self, request_id: str) -> None:
-        """Give back what a request that has ended has found."""
-        self.running.pop(request_id, None)
+    def ended(self, request_id: str) -> bool:
+        """Give back what a request that has ended has found. Return whether it is still being blended, in vain."""
+        in_vain = self.running.pop(request_id, None) is not None
         self._asks_at.pop(request_id, None)
         self._give_back(self._parts.pop(request_id, ((), 0))[0])
+        return in_vain
 
     def _give_back(self, parts: Sequence[_Part]) -> None:
         for _, request, _ in parts:

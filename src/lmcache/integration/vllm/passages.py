@@ -8,7 +8,7 @@ vLLM computes the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,7 +94,8 @@ class Room:
 @dataclass(eq=False)
 class _Blending:
     """A request that is being blended. places: of its passages in the room. copies: of its loads; empty until it has places.
-    forwards: of the blender, once it has begun; due: tokens of the next one."""
+    forwards: of the blender, once it has begun; due: tokens of the next one. wanted: whether the request has not ended
+    meanwhile."""
 
     plan: BlendPlan
     weights: int
@@ -102,6 +103,7 @@ class _Blending:
     copies: list[Copy] = field(default_factory=list)
     forwards: Iterator[int] | None = None
     due: int = 0
+    wanted: bool = True
 
 
 class Passages:
@@ -123,12 +125,14 @@ class Passages:
         """Return whether this load is a part of what is blended."""
         return copy.plan.job_id in self._jobs
 
-    def begin(self, plans: Sequence[BlendPlan], weights: int, own: Copies) -> None:
+    def begin(self, plans: Sequence[BlendPlan], weights: int, own: Copies, given_up: Collection[str] = ()) -> None:
         """Begin to load what is blended. weights: number of weight changes that the plan knows of. own: the rank's copies to its
-        blocks."""
+        blocks. given_up: requests that are not to be blended any more."""
         self._waiting += [_Blending(plan, weights) for plan in plans]
         for one in self._waiting:
-            if not one.places and not self._begin(one, own):
+            one.wanted = one.wanted and one.plan.request_id not in given_up
+        for one in self._waiting:
+            if one.wanted and not one.places and not self._begin(one, own):
                 break  # until another one has been blended
 
     def _begin(self, one: _Blending, own: Copies) -> bool:
@@ -156,8 +160,10 @@ class Passages:
         one = self._arrived()
         if one is None:
             return set(), []
-        ok: bool | None = not self.refusal and one.weights == weights and all(copy.ok for copy in one.copies)
-        ok = ok and self._blend(one)
+        ok: bool | None = True
+        if one.wanted:
+            ok = not self.refusal and one.weights == weights and all(copy.ok for copy in one.copies)
+            ok = ok and self._blend(one)
         if ok is None:
             return set(), []
         self._waiting.remove(one)
@@ -166,9 +172,10 @@ class Passages:
         return {one.plan.request_id}, [] if ok else [one.plan]
 
     def _arrived(self) -> _Blending | None:
-        ready = [one for one in self._waiting if one.copies and all(copy.done is not None for copy in one.copies)]
-        begun = [one for one in ready if one.forwards is not None]
-        return next(iter(begun or ready), None)
+        """Return one whose copies have ended: first of those that nobody waits for, which take no time, then one that has begun."""
+        begun = (one for one in self._waiting if one.copies or not one.wanted)
+        ready = [one for one in begun if all(copy.done is not None for copy in one.copies)]
+        return min(ready, key=lambda one: (one.wanted, one.forwards is None), default=None)
 
     def _blend(self, one: _Blending) -> bool | None:
         """Blend this request, or a part of it. Return whether that has succeeded, None if there is more to compute."""
@@ -197,7 +204,7 @@ class Passages:
 
     def store(self, stores: Sequence[PassageStore], fresh: bool) -> None:
         """Store passages of prompts that were computed by now. fresh: whether by the weights that the plan knows of."""
-        short = any(not one.places for one in self._waiting)  # of room: what would be stored could keep it so for ever
+        short = any(one.wanted and not one.places for one in self._waiting)  # of room: what would be stored could keep it so for ever
         for one in stores:
             place = self._room.take(one.passage.tokens) if fresh and not (self.refusal or short) else None
             if place is None:

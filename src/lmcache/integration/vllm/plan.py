@@ -52,7 +52,8 @@ class StepPlan(plans.StepPlan):
     weights: number of weight changes that the scheduler knows of. A rank that has seen another number neither loads nor stores.
     emptied: how often vLLM's own prefix cache has been emptied. asked: number of the scheduler's question which arena each rank
     has mapped, and keeps mapped until another number comes. fails_by_request: as for `WorkerSide`, for ranks without one, which
-    fail every load. blends, passages: what is blended, and which passages are stored, for one rank that does all of it.
+    fail every load. blends, passages: what is blended, and which passages are stored, for one rank that does all of it. given_up:
+    requests that have ended while they waited to be blended.
     """
 
     closing: list[str] = field(default_factory=list)
@@ -65,6 +66,7 @@ class StepPlan(plans.StepPlan):
     fails_by_request: bool = False
     blends: list[BlendPlan] = field(default_factory=list)
     passages: list[PassageStore] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
 
     @property
     def filling(self) -> list[LoadPlan | BlendPlan]:

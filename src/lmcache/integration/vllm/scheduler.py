@@ -351,8 +351,8 @@ class SchedulerSide:
         """End a request. Return whether the engine has to keep its blocks until the connector reports it as sent."""
         name = request.request_id
         self._running.discard(name)
-        if self._blends is not None:
-            self._blends.ended(name)
+        if self._blends is not None and self._blends.ended(name):
+            self._plan.given_up.append(name)
         tracker = self.requests.finish(name, request.num_computed_tokens if self._can_store else 0)
         if tracker is not None and self.events is not None:
             self.events.ended(tracker)

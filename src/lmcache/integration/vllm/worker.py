@@ -118,7 +118,7 @@ class WorkerSide:
             self._copies.load(part, table, fence, progress, tables)
 
         if self._passages is not None:
-            self._passages.begin(plan.blends, plan.weights, self._copies)
+            self._passages.begin(plan.blends, plan.weights, self._copies, plan.given_up)
         else:
             self._fail_blends(plan.blends)
 
