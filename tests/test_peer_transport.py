@@ -6,6 +6,7 @@ import os
 import queue
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,6 +321,9 @@ class Lender:
         self.offer = eventually(lambda: self.mover.offer)
         self.pid = 0
         self.lends = m.Pulled([])
+        self.answers = threading.Event()
+        """Pulls wait for it."""
+        self.answers.set()
         self.returned: queue.Queue[m.Message] = queue.Queue()
         self.server = impostor(self._answer, meets=True)
 
@@ -332,6 +336,7 @@ class Lender:
             self.returned.put(request)
             return m.Ok(), []
         assert isinstance(request, m.Pull)
+        assert self.answers.wait(PATIENCE)
         return (self.lends, []) if request.mover == self.offer.number else (m.Pulled([b""] * len(KEYS)), [])
 
     def close(self) -> None:
@@ -406,6 +411,23 @@ def test_memory_is_not_used_again_before_nothing_can_write_to_it(pair: tuple[Len
     assert reading.do(Contains, KEYS) == [True] * 3
     other = [reading.memory[at << 12 : (at + 1) << 12] for at in (10, 11, 12)]
     assert reading.do(Load, KEYS, other) == [OK] * 3, "the other mover has caught up with all that it had been asked"
+    assert bytes(reading.memory[: 3 << 12]) == b"\xaa" * (3 << 12)
+
+
+def test_what_is_lent_to_a_load_that_was_cancelled_is_not_read(pair: tuple[Lender, Reading]) -> None:
+    lender, reading = pair
+    assert reading.do(Contains, KEYS) == [True] * 3
+    lender.lends = m.Pulled(HEADERS, 9, sectors(5, 6, 7))
+    lender.answers.clear()
+    ended: queue.Queue[Any] = queue.Queue()
+    load = Load(RUNTIME.now() + PATIENCE, lambda *end: ended.put(end), KEYS, reading.into(3))
+    reading.tier.submit(load)
+    eventually(lambda: any(isinstance(request, m.Pull) for request, _ in lender.server.heard))
+    reading.tier.cancel(load)
+    assert ended.get(timeout=PATIENCE)[1].reason == "cancelled"
+    reading.memory[: 3 << 12] = b"\xaa" * (3 << 12)  # the memory is another chunk's now
+    lender.answers.set()
+    assert lender.returned.get(timeout=PATIENCE) == m.Release([9])
     assert bytes(reading.memory[: 3 << 12]) == b"\xaa" * (3 << 12)
 
 

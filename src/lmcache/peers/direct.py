@@ -109,7 +109,9 @@ class Direct:
         for header, offset in zip(answer.headers, pull.offsets, strict=True):
             if header and (sector := next(sectors, None)) is not None and source is not None:
                 parts.append((offset, source.address + sector * SECTOR_BYTES, each))
-        if source is None or len(parts) != sum(map(bool, answer.headers)) or next(sectors, None) is not None:
+        unlike = len(parts) != sum(map(bool, answer.headers)) or next(sectors, None) is not None
+        # The memory of a load that was cancelled while the peer had not answered may be another's already.
+        if pull.load.cancelled or source is None or unlike:
             over()
             ended(False)
             return
