@@ -11,7 +11,7 @@ from lmcache.engine.copies import retrieved_line, stored_line
 from lmcache.engine.points import stream_point
 from lmcache.integration.vllm.layers import Layers
 from lmcache.integration.vllm.paged import Registered
-from lmcache.integration.vllm.plan import NOT_ASKED, BlendPlan, StepPlan, StepReport
+from lmcache.integration.vllm.plan import NOT_ASKED, BlendPlan, PassageStore, StepPlan, StepReport
 from lmcache.integration.vllm.weights import encoder_emptyings, weight_changes
 from lmcache.observability.log import init_logger
 from lmcache.transfer.progress import Progress
@@ -177,14 +177,21 @@ class WorkerSide:
         """Start every store of the step, whose forward has ended."""
         now = stream_point(self._registered.paged.device) if plan.stores else None
         self._notice_weights()
+        spoiled = set[int]().union(*self._spoiled.values())
+        fine = list[PassageStore]()
+        for one in plan.passages:
+            if spoiled.isdisjoint(one.blocks):
+                fine.append(one)
+            else:
+                self._copies.drop(one.plan, "computed from a failed load")
         if self._passages is not None:
-            self._passages.store(plan.passages, plan.weights == self._weights)
+            self._passages.store(fine, plan.weights == self._weights)
         else:
-            self._report.stored |= {one.plan.job_id: 1 for one in plan.passages}
+            self._report.stored |= {one.plan.job_id: 1 for one in fine}
         for store in plan.stores:
             if plan.weights != self._weights:
                 self._copies.drop(store, "weights changed")
-            elif any(not blocks.isdisjoint(store.blocks) for blocks in self._spoiled.values()):
+            elif not spoiled.isdisjoint(store.blocks):
                 self._copies.drop(store, "computed from a failed load")
             else:
                 if self._logs and self._copies.stores:
