@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from lmcache.config.load import load
-from lmcache.errors import ConfigError
+from lmcache.errors import ConfigError, ServerUnavailable
 from lmcache.memory.arena import Arena
 from lmcache.peers.dial import Myself
 from lmcache.peers.mover import Mover
+from lmcache.peers.mover_words import Forget, Meeting
+from lmcache.peers.moving import Nixl
 from lmcache.peers.tier import PeersTier
 from lmcache.runtime import RUNTIME
 from lmcache.server.lending import LENT_SECONDS, Lending
@@ -179,6 +181,23 @@ def test_a_mover_that_is_killed_amid_a_read_is_replaced_by_tcp_and_comes_back(
     engine(here, "writer again").store(IDS)
     assert engine(there, "reader again").load(IDS) == 640
     assert lent_by_nixl(here) > before
+
+
+def test_a_mover_that_was_replaced_while_nobody_read_is_asked_for_again(
+    server: Servers, engine: Engines, nixl: Callable[[str], None]
+) -> None:
+    here, there = two(server)
+    os.kill(lender_of(here), signal.SIGKILL)
+    eventually(lambda: said(here, "lets other servers read by NIXL (UCX") == 2)
+    engine(here, "writer").store(IDS)
+    assert engine(there, "reader").load(IDS) == 640
+    assert lent_by_nixl(here) == 0, "the mover that was asked for is no more"
+    eventually(lambda: said(there, BY_NIXL) == 2)
+    here.clear()
+    there.clear()
+    engine(here, "writer again").store(IDS)
+    assert engine(there, "reader again").load(IDS) == 640
+    assert lent_by_nixl(here) > 0
 
 
 @pytest.mark.parametrize("which", [mover_of, lender_of])
@@ -412,6 +431,50 @@ def test_memory_is_not_used_again_before_nothing_can_write_to_it(pair: tuple[Len
     other = [reading.memory[at << 12 : (at + 1) << 12] for at in (10, 11, 12)]
     assert reading.do(Load, KEYS, other) == [OK] * 3, "the other mover has caught up with all that it had been asked"
     assert bytes(reading.memory[: 3 << 12]) == b"\xaa" * (3 << 12)
+
+
+def test_a_peer_is_asked_how_to_read_even_if_the_first_question_was_lost(pair: tuple[Lender, Reading]) -> None:
+    def hung_up(now: float, question: object) -> None:
+        raise ServerUnavailable("it has hung up")
+
+    _, reading = pair
+    direct, peer = reading.tier._direct, reading.peer
+    assert direct is not None
+    tried = threading.Event()
+
+    def lose_the_question() -> None:
+        peer.no_source()
+        peer.asks.ask = hung_up
+        direct.tick([peer])
+        tried.set()
+
+    reading.tier._soon(lose_the_question)
+    assert tried.wait(PATIENCE)
+    eventually(lambda: peer.source is not None)
+
+
+def test_a_mover_that_was_met_again_stays_known_when_its_former_name_is_forgotten() -> None:
+    known: set[str] = set()
+
+    class Agent(SimpleNamespace):
+        def add_remote_agent(self, agent: bytes) -> bytes:
+            known.add(agent.decode())
+            return agent
+
+        def remove_remote_agent(self, name: str) -> None:
+            known.remove(name)
+
+    agent = Agent(register_memory=lambda *_: None, get_agent_metadata=lambda: b"", get_new_notifs=dict)
+    library = SimpleNamespace(nixl_agent_config=lambda **_: None, nixl_agent=lambda *_: agent)
+    nixl = Nixl(library, 0, 0, lambda said: None)
+    nixl.told(Meeting(b"1", b"other"))
+    nixl.told(Forget(b"1"))
+    nixl.told(Meeting(b"2", b"other"))  # the connection was lost and made again
+    nixl.look()
+    assert known == {"other"}
+    nixl.told(Forget(b"2"))
+    nixl.look()
+    assert not known
 
 
 def test_what_is_lent_to_a_load_that_was_cancelled_is_not_read(pair: tuple[Lender, Reading]) -> None:

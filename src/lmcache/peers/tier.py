@@ -403,6 +403,8 @@ class PeersTier(AsyncTier):
         elif load.cancelled or not frames:
             self._tried(pull, [ABSENT] * len(pull.places))
         else:
+            if self._direct is not None:
+                self._direct.not_lent(pull)
             load.copying += 1
             self._copy_soon(pull, partial(pull.take, answer.headers, frames))
 
