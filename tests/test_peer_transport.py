@@ -6,6 +6,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from lmcache.peers.moving import Nixl
 from lmcache.peers.tier import PeersTier
 from lmcache.runtime import RUNTIME
 from lmcache.server.lending import LENT_SECONDS, Lending
-from lmcache.tiers import OK, Region, ShardKey
+from lmcache.tiers import OK, Region, ShardKey, child
 from lmcache.tiers.frame import CHECKSUM, make_header
 from lmcache.tiers.operation import Close, Contains, Load, Open, Operation
 from lmcache.wire import messages as m
@@ -522,6 +523,18 @@ def children() -> list[int]:
 
 def maps(pid: int, path: str) -> bool:
     return path in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_child_says_where_it_listens_on_a_host_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(path: Path) -> str:
+        if path.name == "tcp6":
+            raise FileNotFoundError(str(path))
+        return path.read_bytes().decode()
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != "tcp6")
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        assert f"127.0.0.1:{one.getsockname()[1]}" in child.listening()
 
 
 def test_what_is_not_given_back_is_lent_for_a_time() -> None:
