@@ -76,7 +76,7 @@ class Direct:
         return bool(self._reading)
 
     def close(self) -> None:
-        """Begin no more reads, and end the mover. `is_reading` tells when it has gone."""
+        """Begin no more reads, and end the mover. Those that have begun end when it has gone."""
         self._mover.close()
 
     def tick(self, peers: list[Peer]) -> None:
