@@ -31,9 +31,9 @@ from lmcache.tiers.operation import Close, Contains, Load, Open, Operation
 from lmcache.wire import messages as m
 from ports import free_port
 from prompts import tokens
-from servers import PATIENCE, Server, beside, eventually
+from servers import PATIENCE, Raw, Server, beside, eventually
 from stores import nixl_environment
-from test_peers import connected, impostor, nothing_lent, tier_of
+from test_peers import connected, impostor, nothing_lent, peer_of, space_of, tier_of
 
 IDS = tokens(640, 5)
 NIXL = "--peer-transport", "nixl"
@@ -124,6 +124,27 @@ def test_who_reaches_a_mover_finds_the_arena_and_nothing_else(
         assert b"of-the-server" not in Path(f"/proc/{pid}/environ").read_bytes()
         maps = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
         assert {one[1] for one in maps if one[-1].endswith(".arena")} == {may}
+
+
+def test_a_peer_that_gives_back_some_of_its_loans_keeps_half_of_l1_at_most(
+    server: Servers, raw: Callable[..., Raw], nixl: Callable[[str], None]
+) -> None:
+    one = server(l1=16, flags=(*NIXL, "--insecure-no-auth"))
+    client, peer = raw(one, shard_bytes=1 << 20), peer_of(one)
+    hashes = [os.urandom(16) for _ in range(14)]
+    for chunk in hashes:
+        client.store(chunk)
+    eventually(lambda: said(one, "lets other servers read by NIXL (UCX"))
+    met = eventually(lambda: (answer := peer.exchange(m.Meet(), PATIENCE)[0]).mover and answer)
+    kept = 0
+    for chunk in hashes:
+        loans = [peer.exchange(m.Pull(space_of(client), 1, 0, chunk, met.mover), PATIENCE)[0] for _ in range(2)]
+        if isinstance(loans[0], m.Pulled):
+            assert loans[0].lease and loans[1].lease
+            peer.exchange(m.Release([loans[0].lease]), PATIENCE)
+            kept += 1
+    assert kept == 8
+    peer.close()
 
 
 # What is not there goes over TCP
