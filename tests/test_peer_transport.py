@@ -6,6 +6,8 @@ import os
 import queue
 import re
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,22 +16,24 @@ from typing import Any
 import pytest
 
 from lmcache.config.load import load
-from lmcache.errors import ConfigError
+from lmcache.errors import ConfigError, ServerUnavailable
 from lmcache.memory.arena import Arena
 from lmcache.peers.dial import Myself
 from lmcache.peers.mover import Mover
+from lmcache.peers.mover_words import Forget, Meeting
+from lmcache.peers.moving import Nixl
 from lmcache.peers.tier import PeersTier
 from lmcache.runtime import RUNTIME
 from lmcache.server.lending import LENT_SECONDS, Lending
-from lmcache.tiers import OK, Region, ShardKey
+from lmcache.tiers import OK, Region, ShardKey, child
 from lmcache.tiers.frame import CHECKSUM, make_header
 from lmcache.tiers.operation import Close, Contains, Load, Open, Operation
 from lmcache.wire import messages as m
 from ports import free_port
 from prompts import tokens
-from servers import PATIENCE, Server, beside, eventually
+from servers import PATIENCE, Raw, Server, beside, eventually
 from stores import nixl_environment
-from test_peers import connected, impostor, nothing_lent, tier_of
+from test_peers import connected, impostor, nothing_lent, peer_of, space_of, tier_of
 
 IDS = tokens(640, 5)
 NIXL = "--peer-transport", "nixl"
@@ -122,6 +126,27 @@ def test_who_reaches_a_mover_finds_the_arena_and_nothing_else(
         assert {one[1] for one in maps if one[-1].endswith(".arena")} == {may}
 
 
+def test_a_peer_that_gives_back_some_of_its_loans_keeps_half_of_l1_at_most(
+    server: Servers, raw: Callable[..., Raw], nixl: Callable[[str], None]
+) -> None:
+    one = server(l1=16, flags=(*NIXL, "--insecure-no-auth"))
+    client, peer = raw(one, shard_bytes=1 << 20), peer_of(one)
+    hashes = [os.urandom(16) for _ in range(14)]
+    for chunk in hashes:
+        client.store(chunk)
+    eventually(lambda: said(one, "lets other servers read by NIXL (UCX"))
+    met = eventually(lambda: (answer := peer.exchange(m.Meet(), PATIENCE)[0]).mover and answer)
+    kept = 0
+    for chunk in hashes:
+        loans = [peer.exchange(m.Pull(space_of(client), 1, 0, chunk, met.mover), PATIENCE)[0] for _ in range(2)]
+        if isinstance(loans[0], m.Pulled):
+            assert loans[0].lease and loans[1].lease
+            peer.exchange(m.Release([loans[0].lease]), PATIENCE)
+            kept += 1
+    assert kept == 8
+    peer.close()
+
+
 # What is not there goes over TCP
 
 
@@ -178,6 +203,23 @@ def test_a_mover_that_is_killed_amid_a_read_is_replaced_by_tcp_and_comes_back(
     engine(here, "writer again").store(IDS)
     assert engine(there, "reader again").load(IDS) == 640
     assert lent_by_nixl(here) > before
+
+
+def test_a_mover_that_was_replaced_while_nobody_read_is_asked_for_again(
+    server: Servers, engine: Engines, nixl: Callable[[str], None]
+) -> None:
+    here, there = two(server)
+    os.kill(lender_of(here), signal.SIGKILL)
+    eventually(lambda: said(here, "lets other servers read by NIXL (UCX") == 2)
+    engine(here, "writer").store(IDS)
+    assert engine(there, "reader").load(IDS) == 640
+    assert lent_by_nixl(here) == 0, "the mover that was asked for is no more"
+    eventually(lambda: said(there, BY_NIXL) == 2)
+    here.clear()
+    there.clear()
+    engine(here, "writer again").store(IDS)
+    assert engine(there, "reader again").load(IDS) == 640
+    assert lent_by_nixl(here) > 0
 
 
 @pytest.mark.parametrize("which", [mover_of, lender_of])
@@ -320,6 +362,9 @@ class Lender:
         self.offer = eventually(lambda: self.mover.offer)
         self.pid = 0
         self.lends = m.Pulled([])
+        self.answers = threading.Event()
+        """Pulls wait for it."""
+        self.answers.set()
         self.returned: queue.Queue[m.Message] = queue.Queue()
         self.server = impostor(self._answer, meets=True)
 
@@ -332,6 +377,7 @@ class Lender:
             self.returned.put(request)
             return m.Ok(), []
         assert isinstance(request, m.Pull)
+        assert self.answers.wait(PATIENCE)
         return (self.lends, []) if request.mover == self.offer.number else (m.Pulled([b""] * len(KEYS)), [])
 
     def close(self) -> None:
@@ -409,6 +455,67 @@ def test_memory_is_not_used_again_before_nothing_can_write_to_it(pair: tuple[Len
     assert bytes(reading.memory[: 3 << 12]) == b"\xaa" * (3 << 12)
 
 
+def test_a_peer_is_asked_how_to_read_even_if_the_first_question_was_lost(pair: tuple[Lender, Reading]) -> None:
+    def hung_up(now: float, question: object) -> None:
+        raise ServerUnavailable("it has hung up")
+
+    _, reading = pair
+    direct, peer = reading.tier._direct, reading.peer
+    assert direct is not None
+    tried = threading.Event()
+
+    def lose_the_question() -> None:
+        peer.no_source()
+        peer.asks.ask = hung_up
+        direct.tick([peer])
+        tried.set()
+
+    reading.tier._soon(lose_the_question)
+    assert tried.wait(PATIENCE)
+    eventually(lambda: peer.source is not None)
+
+
+def test_a_mover_that_was_met_again_stays_known_when_its_former_name_is_forgotten() -> None:
+    known: set[str] = set()
+
+    class Agent(SimpleNamespace):
+        def add_remote_agent(self, agent: bytes) -> bytes:
+            known.add(agent.decode())
+            return agent
+
+        def remove_remote_agent(self, name: str) -> None:
+            known.remove(name)
+
+    agent = Agent(register_memory=lambda *_: None, get_agent_metadata=lambda: b"", get_new_notifs=dict)
+    library = SimpleNamespace(nixl_agent_config=lambda **_: None, nixl_agent=lambda *_: agent)
+    nixl = Nixl(library, 0, 0, lambda said: None)
+    nixl.told(Meeting(b"1", b"other"))
+    nixl.told(Forget(b"1"))
+    nixl.told(Meeting(b"2", b"other"))  # the connection was lost and made again
+    nixl.look()
+    assert known == {"other"}
+    nixl.told(Forget(b"2"))
+    nixl.look()
+    assert not known
+
+
+def test_what_is_lent_to_a_load_that_was_cancelled_is_not_read(pair: tuple[Lender, Reading]) -> None:
+    lender, reading = pair
+    assert reading.do(Contains, KEYS) == [True] * 3
+    lender.lends = m.Pulled(HEADERS, 9, sectors(5, 6, 7))
+    lender.answers.clear()
+    ended: queue.Queue[Any] = queue.Queue()
+    load = Load(RUNTIME.now() + PATIENCE, lambda *end: ended.put(end), KEYS, reading.into(3))
+    reading.tier.submit(load)
+    eventually(lambda: any(isinstance(request, m.Pull) for request, _ in lender.server.heard))
+    reading.tier.cancel(load)
+    assert ended.get(timeout=PATIENCE)[1].reason == "cancelled"
+    reading.memory[: 3 << 12] = b"\xaa" * (3 << 12)  # the memory is another chunk's now
+    lender.answers.set()
+    assert lender.returned.get(timeout=PATIENCE) == m.Release([9])
+    assert bytes(reading.memory[: 3 << 12]) == b"\xaa" * (3 << 12)
+
+
 def test_a_tier_that_is_closed_amid_a_read_ends_it_first(pair: tuple[Lender, Reading]) -> None:
     lender, reading = pair
     assert reading.do(Contains, KEYS) == [True] * 3
@@ -437,6 +544,18 @@ def children() -> list[int]:
 
 def maps(pid: int, path: str) -> bool:
     return path in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_child_says_where_it_listens_on_a_host_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(path: Path) -> str:
+        if path.name == "tcp6":
+            raise FileNotFoundError(str(path))
+        return path.read_bytes().decode()
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != "tcp6")
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        assert f"127.0.0.1:{one.getsockname()[1]}" in child.listening()
 
 
 def test_what_is_not_given_back_is_lent_for_a_time() -> None:

@@ -25,7 +25,7 @@ from lmcache.errors import ConfigError
 from lmcache.peers import dial, roster
 from lmcache.peers import tier as peer_tier
 from lmcache.peers.dial import Myself, Name
-from lmcache.peers.pulls import take
+from lmcache.peers.pulls import Pulling, take
 from lmcache.peers.tier import PeersTier
 from lmcache.runtime import RUNTIME
 from lmcache.server import zmq_endpoint
@@ -600,6 +600,40 @@ def test_what_a_peer_sends_wrongly_is_a_miss_with_a_name(asked: Callable[..., As
         assert all(found[at] != OK or loaded[at] == PAYLOADS[at] for at in range(3))
     finally:
         rogue.close()
+
+
+def test_a_tier_that_is_closed_amid_a_copy_ends_the_load_first(
+    asked: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, goes_on, copy = threading.Event(), threading.Event(), Pulling.take
+
+    def take(pull: Pulling, *arguments: Any) -> list[str]:
+        began.set()
+        assert goes_on.wait(PATIENCE)
+        return copy(pull, *arguments)
+
+    monkeypatch.setattr(Pulling, "take", take)
+    right = m.Pulled([sealed(0), sealed(1), sealed(2)]), PAYLOADS
+    peer = impostor(lambda request: (m.Having(b"\1\1\1"), []) if isinstance(request, m.Has) else right)
+    try:
+        one = asked([("127.0.0.1", peer.port)])
+        one.connected()
+        assert one.do(Contains, KEYS) == [True] * 3
+        ended: queue.Queue[Any] = queue.Queue()
+        into = [memoryview(bytearray(4096)) for _ in KEYS]
+        one.tier.submit(Load(RUNTIME.now() + PATIENCE, lambda *end: ended.put(("load", end[0])), KEYS, into))
+        assert began.wait(PATIENCE)
+        one.tier.submit(Close(RUNTIME.now() + PATIENCE, lambda *end: ended.put(("close", end[0]))))
+        eventually(lambda: one.tier._closing is not None)
+        for _ in range(10):
+            turned = threading.Event()
+            assert one.tier._soon(turned.set), "the thread has ended, and nobody hears of the end of the copy"
+            assert turned.wait(PATIENCE)
+        goes_on.set()
+        assert [ended.get(timeout=PATIENCE) for _ in range(2)] == [("load", [OK] * 3), ("close", None)]
+    finally:
+        goes_on.set()
+        peer.close()
 
 
 def test_what_one_peer_does_not_deliver_another_one_does(asked: Callable[..., Asked]) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,33 @@ def test_the_report_shows_those_that_use_most_and_sums_up_the_others() -> None:
         assert sum(row[name] for row in told["tenants"]) + told["other"][name] == whole
     told = usage._report(dict(rows), Row(), tenant_of("0"))
     assert [row["tenant"] for row in told["tenants"]] == [tenant_of("0").hex()] and "other" not in told
+
+
+def test_many_tenants_never_hold_up_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+
+    class Counted(Row):
+        def __init__(self, *values: int, **named: int) -> None:
+            nonlocal made
+            made += 1
+            super().__init__(*values, **named)
+
+    def run(call: Callable[[], Any]) -> Any:
+        nonlocal made
+        made = 0
+        result = call()
+        assert made <= usage._AT_ONCE + 1, f"{made} rows in one call of the loop"
+        return result
+
+    one = Parts()
+    for number in range(300):
+        one.store(one.prompt(1), tenant_of(str(number)))
+    monkeypatch.setattr(usage, "Row", Counted)
+    loop: Any = SimpleNamespace(ask=run, now=lambda: 0.0)
+    service: Any = SimpleNamespace(tenants=one.tenants, l1=one.heart, model_of=lambda space: f"model {space}")
+    told: Any = usage.usage(loop, service, None)
+    assert told["other"]["rows"] == 280 and told["other"]["chunks"] == told["other"]["requests"] == 280
+    assert {row["model"] for row in told["tenants"]} == {f"model {one.space}"}
 
 
 def test_an_id_tells_salts_apart_and_is_the_same_everywhere() -> None:

@@ -66,12 +66,12 @@ class Hit(NamedTuple):
 
 class Lent(NamedTuple):
     """What a peer gets of one shard: (hash, hash of the chunk before or zeros, sector) of each chunk that is complete, under one
-    lease; 0 if there is none. pinned_bytes: of all shards of those chunks that nobody had leased before."""
+    lease; 0 if there is none. chunk_bytes: of all shards of a chunk, which stay for one."""
 
     lease: int
     shard_bytes: int
     found: list[tuple[bytes, bytes, int]]
-    pinned_bytes: int = 0
+    chunk_bytes: int = 0
 
 
 class Heart(LettingGo):
@@ -373,10 +373,9 @@ class Heart(LettingGo):
             return Lent(0, 0, [])
         names, parents = names_of(table, ids)
         sectors = array("I", table.extents(pack_ids(ids)))[shard :: space.shards]
-        pinned = space.chunk_bytes * sum(not table.pins(one) for one in ids)
         lease = Lease((process, "", ""), instance, now + self.claim_seconds, [Held(space, table, pack_ids(ids))])
         found = list(zip(split_hashes(names), split_hashes(parents), sectors, strict=True))
-        return Lent(self._new_lease(lease), space.shard_bytes[shard], found, pinned)
+        return Lent(self._new_lease(lease), space.shard_bytes[shard], found, space.chunk_bytes)
 
     def release(self, process: int, lease: int) -> None:
         """End a lease whose extents the instance no longer reads. An unknown lease is ignored, because it has ended before."""

@@ -76,7 +76,7 @@ class Direct:
         return bool(self._reading)
 
     def close(self) -> None:
-        """Begin no more reads, and end the mover. `is_reading` tells when it has gone."""
+        """Begin no more reads, and end the mover. Those that have begun end when it has gone."""
         self._mover.close()
 
     def tick(self, peers: list[Peer]) -> None:
@@ -101,6 +101,11 @@ class Direct:
         if source is not None and None not in offsets:
             pull.source, pull.offsets = source, [one for one in offsets if one is not None]
 
+    def not_lent(self, pull: Pulling) -> None:
+        """Note that the peer has sent the payload itself: the mover that is known of it does not run any more."""
+        if pull.source is not None and pull.peer.source is pull.source:
+            self._failed(pull.peer, "its own mover was replaced")
+
     def begin(self, pull: Pulling, link: Link | None, answer: m.Pulled, ended: Callable[[bool], None]) -> None:
         """Read what the answer has lent. Calls `ended` as soon as nothing touches the extents, perhaps at once."""
         over = partial(self._release, pull.peer, link, answer.lease)
@@ -109,7 +114,9 @@ class Direct:
         for header, offset in zip(answer.headers, pull.offsets, strict=True):
             if header and (sector := next(sectors, None)) is not None and source is not None:
                 parts.append((offset, source.address + sector * SECTOR_BYTES, each))
-        if source is None or len(parts) != sum(map(bool, answer.headers)) or next(sectors, None) is not None:
+        unlike = len(parts) != sum(map(bool, answer.headers)) or next(sectors, None) is not None
+        # The memory of a load that was cancelled while the peer had not answered may be another's already.
+        if pull.load.cancelled or source is None or unlike:
             over()
             ended(False)
             return
@@ -131,8 +138,8 @@ class Direct:
     # What others say
 
     def _meet(self, peer: Peer, asks: Link) -> None:
-        peer.meeting = True
         asks.ask(self._now(), Question(m.Meet(), partial(self._met, peer), partial(self._not_met, peer)))
+        peer.meeting = True  # unless the question could not be asked
 
     def _met(self, peer: Peer, answer: m.Answer, frames: Frames) -> None:
         peer.meeting = False

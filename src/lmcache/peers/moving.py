@@ -81,8 +81,9 @@ class Nixl:
             self._note(number, self._agent.check_xfer_state, handle)
         for name in self._forgotten - {name for name, _ in self._reads.values()}:
             self._forgotten.discard(name)
-            if name in self._others:
-                self._agent.remove_remote_agent(self._others.pop(name))
+            other = self._others.pop(name, None)
+            if other is not None and other not in self._others.values():  # it may have been met once more meanwhile
+                self._agent.remove_remote_agent(other)
 
     def _read(self, read: Read) -> None:
         agent, other = self._agent, self._others.get(read.name)

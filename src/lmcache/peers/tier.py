@@ -195,7 +195,7 @@ class PeersTier(AsyncTier):
     def _run(self, woken: int) -> None:
         poller, watched, next_tick = zmq.Poller(), dict[Any, Peer](), self._now()
         poller.register(woken, zmq.POLLIN)
-        while self._closing is None or (self._direct is not None and self._direct.is_reading):
+        while self._closing is None or any(load.copying for load in self._loading.values()):
             if self._now() >= next_tick:
                 next_tick = self._now() + _TICK_SECONDS
                 self._guarded(self._tick)
@@ -403,6 +403,8 @@ class PeersTier(AsyncTier):
         elif load.cancelled or not frames:
             self._tried(pull, [ABSENT] * len(pull.places))
         else:
+            if self._direct is not None:
+                self._direct.not_lent(pull)
             load.copying += 1
             self._copy_soon(pull, partial(pull.take, answer.headers, frames))
 

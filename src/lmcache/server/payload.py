@@ -53,8 +53,10 @@ class PayloadCopies:
         """Reservations whose extents an I/O thread is writing."""
         self.lending: Lending | None = None
         """What movers read; None: this server lends over connections only."""
+        self._lent = Counter[tuple[bytes, int, bytes]]()
+        """(space, number of shards, hash) of each chunk that peers have leased -> how often."""
         self._pinned_bytes = 0
-        """Of the chunks that only peers have leased: all shards of a chunk stay for one."""
+        """Of these chunks: all shards of a chunk stay for one."""
         self._loop, self._l1, self._sessions, self._workers, self._counters = loop, l1, sessions, workers, counters
 
     def fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:
@@ -75,10 +77,15 @@ class PayloadCopies:
         lent = l1.lend(self._loop.now(), process, *name, request.hashes)
         size = lent.shard_bytes * len(lent.found)
         lending = self.lending if self.lending is not None and self.lending.has(request.mover) else None
+        chunks = [(request.space, request.shards, chunk) for chunk, _, _ in lent.found]
 
         def returned() -> None:
             l1.release(process, lent.lease)
-            self._pinned_bytes -= lent.pinned_bytes
+            for one in chunks:
+                self._lent[one] -= 1
+                if not self._lent[one]:
+                    del self._lent[one]
+                    self._pinned_bytes -= lent.chunk_bytes
             peer.busy -= 1
             if peer.gone:
                 self._sessions.gone(peer)
@@ -111,7 +118,10 @@ class PayloadCopies:
             else:
                 reply(answer, frames, returned)
 
-        self._pinned_bytes += lent.pinned_bytes
+        before = self._pinned_bytes
+        for one in chunks:
+            self._pinned_bytes += 0 if self._lent[one] else lent.chunk_bytes
+            self._lent[one] += 1
         peer.busy += 1  # until the frames are sent: the lease must not end before, even if the peer has gone
         try:
             if lent.shard_bytes >= m.JOINED_BYTES and len(lent.found) > m.MAX_PULLED_FRAMES:
@@ -120,7 +130,7 @@ class PayloadCopies:
                 )
             if self._sessions.held_bytes_of_peers + size > MAX_HELD_BYTES_OF_PEERS:
                 raise Refusal(f"{self._sessions.held_bytes_of_peers} bytes are being sent to peers already; try again")
-            if self._pinned_bytes > max(lent.pinned_bytes, l1.total_bytes // PINNED_SHARE):
+            if before and self._pinned_bytes > max(before, l1.total_bytes // PINNED_SHARE):
                 raise Refusal(f"{self._pinned_bytes} bytes of L1 cannot be evicted while peers read them; try again")
             self._in_worker(peer, size, seal, sealed)
         except Exception:  # also where no thread can be started

@@ -102,7 +102,8 @@ def listening() -> list[str]:
         except OSError:
             continue  # the descriptor of the folder itself
     for file, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path("/proc/self/net", file).read_text().splitlines()[1:]:
+        table = Path("/proc/self/net", file)
+        for line in table.read_text().splitlines()[1:] if table.exists() else []:  # a kernel may have no IPv6
             fields = line.split()
             if fields[3] == _LISTENS and f"socket:[{fields[9]}]" in inodes:
                 host, _, port = fields[1].partition(":")
