@@ -35,7 +35,7 @@ _NO_ROOM = (
     "L1 has no room for the rest: all it holds is pinned (GET /cache/pins) or in use by engines; "
     "end pins, or raise --l1-size-gb"
 )
-_NO_ENGINE = "no engine with this model is connected now, and L1 loads nothing for one that has gone: prefetch while one is connected"
+_NO_ENGINE = "no engine with this model is connected, and L1 loads nothing for one that has gone: prefetch while one is connected"
 _UNDELIVERED = "failed", "late", "patience"
 """How a fetch ends whose tier has said that it has the chunks."""
 _READABLE = "serving", "serves in part", "stores fail"

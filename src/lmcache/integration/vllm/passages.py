@@ -172,7 +172,7 @@ class Passages:
         return {one.plan.request_id}, [] if ok else [one.plan]
 
     def _arrived(self) -> _Blending | None:
-        """Return one whose copies have ended: first of those that nobody waits for, which take no time, then one that has begun."""
+        """Return one whose copies have ended: first of those that nobody waits for, then one that has begun."""
         begun = (one for one in self._waiting if one.copies or not one.wanted)
         ready = [one for one in begun if all(copy.done is not None for copy in one.copies)]
         return min(ready, key=lambda one: (one.wanted, one.forwards is None), default=None)
@@ -204,7 +204,8 @@ class Passages:
 
     def store(self, stores: Sequence[PassageStore], fresh: bool) -> None:
         """Store passages of prompts that were computed by now. fresh: whether by the weights that the plan knows of."""
-        short = any(one.wanted and not one.places for one in self._waiting)  # of room: what would be stored could keep it so for ever
+        # A blend that waits for room comes first: what would be stored could keep the room for ever.
+        short = any(one.wanted and not one.places for one in self._waiting)
         for one in stores:
             place = self._room.take(one.passage.tokens) if fresh and not (self.refusal or short) else None
             if place is None:
