@@ -294,7 +294,8 @@ def test_unmapping_the_old_arena_holds_up_no_engine(server, engine, monkeypatch)
 
 
 def test_an_arena_that_is_counted_on_stays_mapped_until_it_is_not(server, engine, monkeypatch):
-    monkeypatch.setattr("lmcache.engine.worker.GONE_SECONDS", PATIENT)
+    for module in ("connection", "worker"):
+        monkeypatch.setattr(f"lmcache.engine.{module}.GONE_SECONDS", PATIENT)
     cache = server()
     one, ids = engine(cache), prompt(21, 640)
     one.store(ids)
