@@ -1,7 +1,7 @@
 """`hanging:///path/of/a/fifo?calls=load+store`: a tier of a third party on a mount whose server has gone away.
 
 The calls that its URL names say so and do not return before somebody has opened the FIFO for writing and closed it again.
-`stalled=SECONDS` is how long a call may take until the server takes the tier for stalled.
+`stalled=SECONDS` is how long a call may take until the server takes the tier for stalled, `at_once=N` how many may run at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class HangingTier(Tier):
     def from_url(cls, url: TierURL) -> HangingTier:
         if seconds := url.take("stalled", float, 0.0):
             tier_runner._STALLED_SECONDS = seconds
-        return cls(Path(url.path), url.take("calls", str, "").split("+"))
+        one = cls(Path(url.path), url.take("calls", str, "").split("+"))
+        one.concurrency = url.take("at_once", int, cls.concurrency)
+        return one
 
     def _call(self, name: str) -> None:
         if name in self._calls:

@@ -378,14 +378,17 @@ def test_a_prefetch_that_hangs_is_cancelled_and_bounded_in_number(
         "--lease-seconds",
         "600",
     )  # else a load of a slow machine has failed by then
-    cache = server(l1=4, chunk=CHUNK, flags=("--l2", f"hanging://{hanging}?calls=load&stalled=3600", *patient))
+    cache = server(
+        l1=4, chunk=CHUNK, flags=("--l2", f"hanging://{hanging}?calls=load&stalled=3600&at_once=9", *patient)
+    )
     engine(cache).store(prompt(1))
     begun = [ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(seed)}, status=202) for seed in range(2, 10)]
     cache.line_with("load hangs")
     assert {one["state"] for one in begun} == {"loading"} and cache.counters()["prefetches_running"] == 8
     assert "8 prefetches run" in ask(cache, "POST", "/cache/prefetches", {"tokens": prompt(10)}, status=409)["reason"]
     for one in begun:
-        assert ask(cache, "DELETE", f"/cache/prefetches/{one['id']}")["state"] == "cancelled"
+        told = ask(cache, "DELETE", f"/cache/prefetches/{one['id']}")
+        assert told["state"] == "cancelled", told
     assert cache.counters()["prefetches_running"] == 0 and cache.counters()["fetches_open"] == 0
     os.close(os.open(hanging, os.O_WRONLY))
     assert in_l1(cache, tokens=prompt(1), tiers=False) == 160
