@@ -237,8 +237,8 @@ class WorkerSession(CopyThreads):
         """Map the new arena once no copy runs in the old one, and register this rank's part of the layout."""
         try:
             size, spaces = welcome.chunk_tokens, []
+            sizes = [one.shard_bytes(size) for one in self._groups]  # first: it names chunks that do not fit the groups
             refuse_unrounded([one.layout_for(size) for one in self._groups])
-            sizes = [one.shard_bytes(size) for one in self._groups]
             for one, shard_bytes in zip(self._groups, sizes, strict=True):
                 request = one.shape.registration(size, one.shard.index, shard_bytes)
                 spaces.append(ask(carrier, request, m.Registered).space)
