@@ -88,19 +88,31 @@ INLINED void narrow(float value, uint8_t *raw, int64_t i, int kind)
     ((Half *)(void *)raw)[i] = (uint16_t)(sign | either(magnitude < (113u << 23), subnormal, normal));
 }
 
-/* Rounds a row to its scale and codes. Returns 0 if it has an infinity, a NaN or the largest float32. */
-INLINED int round_row(const uint8_t *restrict raw, int64_t row, int kind, uint8_t *restrict to)
+/* Writes the scale of `count` values: their largest magnitude / levels. Sets the factor of their codes. Returns 0 if they have an
+ * infinity, a NaN or the largest float32. */
+INLINED int write_scale(const uint8_t *restrict raw, int64_t first, int64_t count, int kind, float levels,
+                        uint8_t *restrict to, float *factor)
 {
     uint32_t largest = 0;
-    for (int64_t i = 0; i < row; i++) {
-        uint32_t magnitude = widened(raw, i, kind) & 0x7fffffff;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t magnitude = widened(raw, first + i, kind) & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
     }
     if (largest >= TOO_LARGE)
         return 0;
     int zeros = largest < LEAST_BITS;
-    float scale = zeros ? 0.0f : float_of(largest) / 127.0f, factor = zeros ? 0.0f : 127.0f / float_of(largest);
+    float scale = zeros ? 0.0f : float_of(largest) / levels;
+    *factor = zeros ? 0.0f : levels / float_of(largest);
     memcpy(to, &scale, SCALE_BYTES);
+    return 1;
+}
+
+/* Rounds a row to its scale and codes. Returns 0 as `write_scale` does. */
+INLINED int round_row(const uint8_t *restrict raw, int64_t row, int kind, uint8_t *restrict to)
+{
+    float factor;
+    if (!write_scale(raw, 0, row, kind, 127.0f, to, &factor))
+        return 0;
     to += SCALE_BYTES;
     for (int64_t i = 0; i < row; i++) {
         float scaled = float_of(widened(raw, i, kind)) * factor;
@@ -124,16 +136,9 @@ enum { GROUP = 32, GROUP_BYTES = SCALE_BYTES + GROUP / 2 };
 
 INLINED int round_group(const uint8_t *restrict raw, int64_t first, int kind, uint8_t *restrict to)
 {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < GROUP; i++) {
-        uint32_t magnitude = widened(raw, first + i, kind) & 0x7fffffff;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    if (largest >= TOO_LARGE)
+    float factor;
+    if (!write_scale(raw, first, GROUP, kind, 7.0f, to, &factor))
         return 0;
-    int zeros = largest < LEAST_BITS;
-    float scale = zeros ? 0.0f : float_of(largest) / 7.0f, factor = zeros ? 0.0f : 7.0f / float_of(largest);
-    memcpy(to, &scale, SCALE_BYTES);
     to += SCALE_BYTES;
     for (int64_t i = 0; i < GROUP / 2; i++) {
         uint32_t low = bits_of(float_of(widened(raw, first + i, kind)) * factor + ROUNDER);
