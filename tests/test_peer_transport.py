@@ -74,6 +74,15 @@ def two(start: Servers, *flags: str, **more: Any) -> tuple[Server, Server]:
     return here, there
 
 
+def read_under_way(here: Server, there: Server, engine: Engines) -> Any:
+    """The outcome to come of a load at `there` that a mover reads from `here`, and that does not end: the mover that is read from
+    is stopped."""
+    stop(lender_of(here))
+    loaded = beside(lambda: engine(there, "reader").load(IDS))
+    eventually(lambda: lent_by_nixl(here))
+    return loaded
+
+
 def mover_of(server: Server, does: str = "reads from other servers") -> int:
     """The pid of the newest mover that does this."""
     return int(re.findall(rf"Process (\d+) {does}", "".join(server.log))[-1])
@@ -188,9 +197,7 @@ def test_a_mover_that_is_killed_amid_a_read_is_replaced_by_tcp_and_comes_back(
     here, there = two(server)
     engine(here, "writer").store(IDS)
     victim = which(there if which is mover_of else here)
-    stop(lender_of(here))  # so that a read is under way
-    loaded = beside(lambda: engine(there, "reader").load(IDS))
-    eventually(lambda: lent_by_nixl(here))
+    loaded = read_under_way(here, there, engine)
     os.kill(victim, signal.SIGKILL)
     if which is mover_of:
         os.kill(lender_of(here), signal.SIGCONT)
@@ -250,9 +257,7 @@ def test_a_server_that_is_killed_amid_a_read_is_a_miss_and_comes_back(
     eventually(lambda: said(there, BY_NIXL))
     engine(here, "writer").store(IDS)
     lender = lender_of(here)
-    stop(lender)
-    loaded = beside(lambda: engine(there, "reader").load(IDS))
-    eventually(lambda: lent_by_nixl(here))
+    loaded = read_under_way(here, there, engine)
     here.kill()
     assert loaded.result(PATIENCE) in (0, -1)
     eventually(lambda: gone(lender))
@@ -268,9 +273,7 @@ def test_an_owner_that_is_frozen_amid_a_read_is_a_miss_or_right(
 ) -> None:
     here, there = two(server)
     engine(here, "writer").store(IDS)
-    stop(lender_of(here))
-    loaded = beside(lambda: engine(there, "reader").load(IDS))
-    eventually(lambda: lent_by_nixl(here))
+    loaded = read_under_way(here, there, engine)
     here.freeze()
     os.kill(lender_of(here), signal.SIGCONT)
     assert loaded.result(PATIENCE) in (640, 0, -1)
@@ -284,9 +287,7 @@ def test_a_server_that_is_killed_while_it_reads_takes_its_mover_along(
     here, there = two(server)
     engine(here, "writer").store(IDS)
     reader, lender = mover_of(there), lender_of(here)
-    stop(lender)
-    loaded = beside(lambda: engine(there, "reader").load(IDS))
-    eventually(lambda: lent_by_nixl(here))
+    loaded = read_under_way(here, there, engine)
     there.kill()
     eventually(lambda: gone(reader))
     os.kill(lender, signal.SIGCONT)
@@ -304,9 +305,7 @@ def test_a_frozen_server_that_reads_keeps_nothing_from_the_other_and_goes_on(
 ) -> None:
     here, there = two(server)
     engine(here, "writer").store(IDS)
-    stop(lender_of(here))
-    loaded = beside(lambda: engine(there, "reader").load(IDS))
-    eventually(lambda: lent_by_nixl(here))
+    loaded = read_under_way(here, there, engine)
     there.freeze()
     os.kill(lender_of(here), signal.SIGCONT)
     assert engine(here, "another").load(IDS) == 640

@@ -65,8 +65,8 @@ class Direct:
         self._mover = Mover(
             *(runtime, region.descriptor, region.size_bytes, myself.devices),
             writes=True,
-            heard=lambda mover, said: _in_thread(soon, partial(self._heard, mover, said)),
-            lost=lambda mover, reason: _in_thread(soon, partial(self._lost, mover, reason)),
+            heard=lambda mover, said: soon(partial(self._heard, mover, said)),
+            lost=lambda mover, reason: soon(partial(self._lost, mover, reason)),
         )
         self._mover.start()
 
@@ -106,8 +106,9 @@ class Direct:
         if pull.source is not None and pull.peer.source is pull.source:
             self._failed(pull.peer, "its own mover was replaced")
 
-    def begin(self, pull: Pulling, link: Link | None, answer: m.Pulled, ended: Callable[[bool], None]) -> None:
+    def begin(self, pull: Pulling, answer: m.Pulled, ended: Callable[[bool], None]) -> None:
         """Read what the answer has lent. Calls `ended` as soon as nothing touches the extents, perhaps at once."""
+        link = pull.question.link if pull.question is not None else None
         over = partial(self._release, pull.peer, link, answer.lease)
         sectors = iter(np.frombuffer(answer.extents, "<u4").tolist() if len(answer.extents) % 4 == 0 else ())
         parts, source, each = list[tuple[int, int, int]](), pull.source, pull.size // len(pull.places)
@@ -203,7 +204,3 @@ class Direct:
         """Return where in the arena this memory is."""
         offset = int(np.frombuffer(into, np.uint8).ctypes.data) - self._region.address
         return offset if 0 <= offset <= self._region.size_bytes - into.nbytes else None
-
-
-def _in_thread(soon: Callable[[Callable[[], None]], bool], call: Callable[[], None]) -> None:
-    soon(call)

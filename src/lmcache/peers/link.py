@@ -33,7 +33,7 @@ class Question:
     wanted: Callable[[], bool] = lambda: True
     asked: float = field(default=0.0, init=False)
     link: Link | None = field(default=None, init=False)
-    """Where it was asked."""
+    """The link over which it was asked; None before that."""
 
 
 class Link:

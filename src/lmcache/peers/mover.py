@@ -51,8 +51,8 @@ class Mover:
         *,
         writes: bool,
         changed: Callable[[], None] = lambda: None,
-        heard: Callable[[int, Ended | Failed], None] = lambda number, said: None,
-        lost: Callable[[int, str], None] = lambda number, reason: None,
+        heard: Callable[[int, Ended | Failed], object] = lambda number, said: None,
+        lost: Callable[[int, str], object] = lambda number, reason: None,
     ) -> None:
         self._runtime, self._devices, self._writes = runtime, devices, writes
         # A descriptor of its own, which may not write where the mover must not.

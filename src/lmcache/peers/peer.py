@@ -57,7 +57,7 @@ class Peer:
         self.direct = Breaker()
         """Opens when a read from the source fails. A read that succeeds closes it."""
         self.pulled_by = ""
-        """What the log says of that."""
+        """How pulls go, as the log has said it last."""
 
     @property
     def links(self) -> list[Link]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lmcache.observability.log import init_logger
-from lmcache.peers.link import Frames
+from lmcache.peers.link import Frames, Question
 from lmcache.peers.peer import Peer, Source
 from lmcache.tiers import ABSENT, ShardKey
 from lmcache.tiers.frame import CHECKSUM, OTHER_SIZE, Checksum, check_header
@@ -34,14 +35,16 @@ class Loading:
 
 @dataclass(eq=False)
 class Pulling:
-    """One pull, of the shards with these places in a load. key: of its first shard; the others differ in the chunk only. source:
-    from where a mover reads the payload, to these offsets in the arena; None: it comes with the answer."""
+    """One pull, of the shards with these places in a load. key: of its first shard; the others differ in the chunk only.
+    question: by which it was asked for. source: from where a mover reads the payload, to these offsets in the arena; None: it
+    comes with the answer."""
 
     load: Loading
     peer: Peer
     places: list[int]
     size: int
     key: ShardKey = field(init=False)
+    question: Question | None = field(default=None, init=False)
     source: Source | None = field(default=None, init=False)
     offsets: list[int] = field(default_factory=list, init=False)
 
@@ -64,40 +67,27 @@ class Pulling:
         """Copy what has arrived into the buffers, and check it. Returns the outcome of each shard; any thread may do this."""
         operation = self.load.operation
         left = iter(_shards(frames, sum(map(bool, headers)), self.size // len(self.places)))
-        outcomes: list[str] = []
-        try:
-            for header, place in zip(headers, self.places, strict=True):
-                sent = next(left, None) if header else None
-                if sent is None:
-                    outcomes.append(OTHER_SIZE if header else ABSENT)
-                else:
-                    outcomes.append(take(header, sent, operation.keys[place], operation.into[place]))
-        except Exception:  # top of the thread: the load must end
-            logger.exception("Shards of a peer could not be copied")
-            outcomes = [CHECKSUM] * len(self.places)
-        return outcomes
+
+        def taken(header: bytes, place: int) -> str:
+            sent = next(left, None)
+            return OTHER_SIZE if sent is None else take(header, sent, operation.keys[place], operation.into[place])
+
+        return self._outcomes(headers, taken)
 
     def check(self, headers: list[bytes]) -> list[str]:
         """Check what a mover has read into the buffers. Returns the outcome of each shard; any thread may do this."""
         operation = self.load.operation
+        return self._outcomes(
+            headers, lambda header, place: _check(header, operation.into[place], operation.keys[place], None)
+        )
+
+    def _outcomes(self, headers: list[bytes], of: Callable[[bytes, int], str]) -> list[str]:
+        """Return the outcome of each shard, which is `of` its header and its place if the peer has it."""
         try:
-            return [
-                _checked(header, operation.keys[place], operation.into[place]) if header else ABSENT
-                for header, place in zip(headers, self.places, strict=True)
-            ]
+            return [of(one, place) if one else ABSENT for one, place in zip(headers, self.places, strict=True)]
         except Exception:  # top of the thread: the load must end
-            logger.exception("Shards of a peer could not be checked")
+            logger.exception("Shards of a peer could not be copied or checked")
             return [CHECKSUM] * len(self.places)
-
-
-def _checked(header: bytes, key: ShardKey, there: memoryview) -> str:
-    wrong = check_header(header, key, there.nbytes)
-    if wrong:
-        return wrong
-    checksum = Checksum()
-    for start in range(0, there.nbytes, PIECE_BYTES):
-        checksum.update(there[start : start + PIECE_BYTES])
-    return checksum.check(header, key)
 
 
 def _shards(frames: Frames, count: int, size: int) -> list[memoryview]:
@@ -109,14 +99,18 @@ def _shards(frames: Frames, count: int, size: int) -> list[memoryview]:
 
 def take(header: bytes, payload: memoryview, key: ShardKey, into: memoryview) -> str:
     """Copy a shard that a peer has sent into a buffer of its size, and check it. Returns OK or the name of the damage."""
-    if payload.nbytes != into.nbytes:
-        return OTHER_SIZE
-    wrong = check_header(header, key, into.nbytes)
+    return _check(header, payload, key, into) if payload.nbytes == into.nbytes else OTHER_SIZE
+
+
+def _check(header: bytes, payload: memoryview, key: ShardKey, into: memoryview | None) -> str:
+    """Check a shard, and copy it on the way if `into` is given. Returns OK or the name of the damage."""
+    wrong = check_header(header, key, payload.nbytes)
     if wrong:
         return wrong
     checksum = Checksum()
-    for start in range(0, into.nbytes, PIECE_BYTES):
+    for start in range(0, payload.nbytes, PIECE_BYTES):
         piece = payload[start : start + PIECE_BYTES]
         checksum.update(piece)
-        into[start : start + PIECE_BYTES] = piece
+        if into is not None:
+            into[start : start + PIECE_BYTES] = piece
     return checksum.check(header, key)

@@ -382,24 +382,22 @@ class PeersTier(AsyncTier):
         for pull in pulls:
             if direct and self._direct is not None:
                 self._direct.use(pull)
-            question = Question(
-                pull.request, _unheard, partial(self._lost, pull), pull.size, lambda: not load.cancelled
-            )
-            question.answered = partial(self._arrived, pull, question)
-            self._roster.watch(pull.peer, partial(pull.peer.pull, self._now(), question))
+            told, lost = partial(self._arrived, pull), partial(self._lost, pull)
+            pull.question = Question(pull.request, told, lost, pull.size, lambda: not load.cancelled)
+            self._roster.watch(pull.peer, partial(pull.peer.pull, self._now(), pull.question))
         self._end_load(load)
 
     def _lost(self, pull: Pulling, reason: str) -> None:
         self._tried(pull, ["lost"] * len(pull.places))
 
-    def _arrived(self, pull: Pulling, question: Question, answer: m.Answer, frames: Frames) -> None:
+    def _arrived(self, pull: Pulling, answer: m.Answer, frames: Frames) -> None:
         load = pull.load
         if not isinstance(answer, m.Pulled) or len(answer.headers) != len(pull.places):
             reason = "refused" if isinstance(answer, m.Error) else "wrong answer"
             self._tried(pull, [reason] * len(pull.places))
         elif answer.lease and self._direct is not None and pull.source is not None:
             load.copying += 1
-            self._direct.begin(pull, question.link, answer, partial(self._read, pull, answer.headers))
+            self._direct.begin(pull, answer, partial(self._read, pull, answer.headers))
         elif load.cancelled or not frames:
             self._tried(pull, [ABSENT] * len(pull.places))
         else:
@@ -471,10 +469,6 @@ def _directory_of(text: str, url: TierURL) -> Directory:
     store.finish()
     url.inline_secret |= store.inline_secret
     return Directory(leases, store.redacted, url.runtime.now)
-
-
-def _unheard(answer: m.Answer, frames: Frames) -> None:
-    raise AssertionError("a question has no answer before it is asked")
 
 
 def _why(answer: m.Answer) -> str:
