@@ -202,9 +202,8 @@ class TierRunner:
 
     def usable(self, now: float) -> bool:
         """Return whether lookups may ask the tier now."""
-        stalled = now - self._oldest(_READS, now)[1] > _STALLED_SECONDS
         may = self.spec.read and not self.paused and self.breaker.closed and (self.loads.closed or self.loads.due(now))
-        return may and not stalled
+        return may and not self.why_silent(now)
 
     def why_not_usable(self) -> str:
         """Return why lookups may not ask the tier, in short."""
@@ -212,8 +211,8 @@ class TierRunner:
 
     def why_silent(self, now: float) -> str:
         """Describe the oldest call of a lookup if the tier has stalled, so that lookups do not ask it; "" otherwise."""
-        method, since = self._oldest(_READS, now)
-        return f"stalled: {method} has not returned for {now - since:.0f} s" if now - since > _STALLED_SECONDS else ""
+        overdue = self._overdue(_READS, now, _STALLED_SECONDS)
+        return f"stalled: {overdue}" if overdue else ""
 
     def may_store(self, now: float) -> bool:
         """Return whether queued chunks may be written now."""
@@ -269,12 +268,14 @@ class TierRunner:
 
     def _hanging(self, now: float) -> str:
         """Describe the oldest unfinished operation if it hangs; "" otherwise."""
-        method, since = self._oldest(_TIMED, now)
-        return f"{method} has not returned for {now - since:.0f} s" if now - since > _HANGS_SECONDS else ""
+        return self._overdue(_TIMED, now, _HANGS_SECONDS)
 
-    def _oldest(self, methods: set[str], now: float) -> tuple[str, float]:
-        """Return method and start time of the oldest unfinished operation with one of these methods; ("", now) if none."""
-        return next(((call.method, call.since) for call in self._under_way if call.method in methods), ("", now))
+    def _overdue(self, methods: set[str], now: float, seconds: float) -> str:
+        """Describe the oldest unfinished operation with one of these methods if it takes longer than `seconds`, else ""."""
+        method, since = next(
+            ((call.method, call.since) for call in self._under_way if call.method in methods), ("", now)
+        )
+        return f"{method} has not returned for {now - since:.0f} s" if now - since > seconds else ""
 
     # Submitting and ending operations
 
