@@ -18,9 +18,8 @@ def paid(query: torch.Tensor, key: torch.Tensor, scale: float, seen: torch.Tenso
     query: [heads, rows, size]. key: [KV heads, tokens, size]. seen: which tokens a row sees, as bool or as what is added to its
     scores, of a shape that fits; None for all of them."""
     heads, rows, size = query.shape
-    grouped = query.float().reshape(
-        len(key), -1, size
-    )  # the heads that share a KV head are rows of it: nothing is repeated
+    # The heads that share a KV head are rows of it, so that no keys are repeated.
+    grouped = query.float().reshape(len(key), -1, size)
     scores = (grouped @ key.float().transpose(1, 2) * scale).view(heads, rows, -1)
     if seen is not None:
         scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen

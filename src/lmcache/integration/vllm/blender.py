@@ -207,9 +207,8 @@ class Blender:
             found.append(key.clone())
             return torch.zeros_like(query)
 
-        token = (
-            int(self._config.model_config.get_vocab_size()) // 2
-        )  # the first ones may be padding, whose embedding is zero
+        # The first tokens may be padding, whose embedding is zero.
+        token = int(self._config.model_config.get_vocab_size()) // 2
         with torch.inference_mode(), self._answered(nothing):
             self._apart(torch.full((len(places),), token), torch.tensor(places))
         if len(found) != len(self._layers):
