@@ -78,7 +78,7 @@ class Account(NamedTuple):
     fetch: FetchRecord | None
     space: int = -1
     tenant: bytes = b""
-    """Whose prompt it was."""
+    """The tenant whose prompt it was; b"" if the engine did not say."""
     first: bytes = b""
     """The hash of its first chunk; b"" if it has none."""
 

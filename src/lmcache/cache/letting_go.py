@@ -37,7 +37,7 @@ class _Ended:
 
 
 class LettingGo(Filling):
-    """The ends of leases."""
+    """The part of the heart that ends leases, and evicts what is not kept behind them."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -46,7 +46,7 @@ class LettingGo(Filling):
         self._unfinished: deque[_Ended] = deque()
 
     def let_go(self) -> None:
-        """Go on with what leases have left that have ended, for a bounded time."""
+        """Go on with the chunks of leases that have ended, at most `LET_GO_AT_ONCE` of them."""
         looked = gone = 0
         while self._unfinished and (gone if self._unfinished[0].untried else looked) < LET_GO_AT_ONCE:
             one = self._unfinished[0]

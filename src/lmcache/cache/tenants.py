@@ -28,7 +28,7 @@ _UNSEEN, _NOBODY = 0, 1
 
 @dataclass(slots=True)
 class Use:
-    """What the lookups of a tenant asked for and found, wherever it was."""
+    """Counts of a tenant: its requests, the tokens that they asked for, and those that were found, wherever they were."""
 
     requests: int = 0
     requested_tokens: int = 0
@@ -47,7 +47,7 @@ class Tenants:
         self.uses: OrderedDict[tuple[int, bytes], Use] = OrderedDict()
         """(space, tenant) -> what was looked up."""
         self.others = Use()
-        """Of tenants that are not in `uses` any more."""
+        """The counts of all tenants together that are not in `uses` any more."""
         self._beginnings = OrderedDict[bytes, bytes]()
         """The first half of a first chunk's hash -> its tenant."""
 

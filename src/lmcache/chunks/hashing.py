@@ -123,7 +123,7 @@ class TokenChain:
         """Eight bytes that name the tokens of the first chunk alone, whatever the root; b"" before it is full."""
         self._extras = extras
         self.tenant = tenant
-        """Whose prompt it is, as `tenant_of` tells it."""
+        """The tenant whose prompt it is (`tenant_of`); b"" if nobody is named."""
 
     def __len__(self) -> int:
         """Return the number of full chunks hashed so far."""

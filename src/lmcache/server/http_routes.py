@@ -44,7 +44,7 @@ class ServerRoutes:
         self._config, self._control, self._guards = config, control, guards
         self._making: anyio.Lock | None = None
         self._overviews: dict[bool, tuple[float, Response]] = {}
-        """With the last hour, or without -> when the answer was made, and the answer."""
+        """Whether the answer has the last hour -> the time when it was made, and the answer."""
 
     def routes(self) -> list[Route]:
         edge, guarded = self._guards.edge, self._guards.guarded

@@ -23,7 +23,7 @@ class Lending:
     def __init__(self, loop: Loop, memory: int, memory_bytes: int, devices: str) -> None:
         self._loop = loop
         self._lent: dict[tuple[Peer, int], tuple[float, Callable[[], None]]] = {}
-        """A peer and a lease -> until when, and whom to tell of the end."""
+        """(peer, lease) -> the time at which the loan ends at the latest, and the function to call when it has ended."""
         self._mover = Mover(
             *(loop.runtime, memory, memory_bytes, devices),
             writes=False,

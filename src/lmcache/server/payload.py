@@ -52,11 +52,11 @@ class PayloadCopies:
         self.filling: set[int] = set()
         """Reservations whose extents an I/O thread is writing."""
         self.lending: Lending | None = None
-        """What movers read; None: this server lends over connections only."""
+        """Keeps count of what movers read; None: this server lends over connections only."""
         self._lent = Counter[tuple[bytes, int, bytes]]()
         """(space, number of shards, hash) of each chunk that peers have leased -> how often."""
         self._pinned_bytes = 0
-        """Of these chunks: all shards of a chunk stay for one."""
+        """The bytes of these chunks, with all shards of each, since one shard that is leased keeps them all."""
         self._loop, self._l1, self._sessions, self._workers, self._counters = loop, l1, sessions, workers, counters
 
     def fetch(self, peer: Peer, request: m.Fetch, reply: Reply) -> None:

@@ -110,7 +110,7 @@ class Blends:
         """By request of which too little was found, when its passages are looked up again."""
         self._planned: list[BlendPlan] = []
         self.running: dict[str, BlendPlan] = {}
-        """By request, what is being blended."""
+        """The plan of each request that is being blended, by the request's id."""
         self.refusal = ""
         """Why nothing is blended any more, else ""."""
 

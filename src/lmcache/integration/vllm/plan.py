@@ -70,7 +70,7 @@ class StepPlan(plans.StepPlan):
 
     @property
     def filling(self) -> list[LoadPlan | BlendPlan]:
-        """What fills blocks."""
+        """The plans of this step that fill blocks."""
         return [*self.loads, *self.blends]
 
 
